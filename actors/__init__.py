@@ -1,0 +1,1 @@
+"""Everything that happens: processes, sockets, devices, clocks."""

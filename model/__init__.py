@@ -1,0 +1,1 @@
+"""Mixtral as mathematics: runs alone, in one process, on CPU or CUDA."""

@@ -1,0 +1,1 @@
+"""What is said on the wire, and the only code that turns tensors into bytes."""
