@@ -1,0 +1,41 @@
+# Two commands for everybody: `make serve` and `make test`. The others are for those who change the code.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Ray's and torch's own switches, set here once so that every command below runs alike.
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_AUTH_MODE ?= token
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: serve test check format stubs clean
+
+serve: $(STAMP)          ## make everything and serve the demo model (MODEL=path serves another)
+	@$(BIN)/octavo serve $(MODEL) $(ARGS)
+
+test: $(STAMP)           ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)          ## style, types, structure, stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/protos/test_stubs.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: $(STAMP)          ## compile protos/*.proto again
+	$(BIN)/python -m protos.generate
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
