@@ -162,7 +162,7 @@ def spawn(
     node_id: str | None = None,
     num_gpus: float = 0.0,
 ) -> ActorRef:
-    """Starts `actor_class(**kwargs)` as a detached, named actor with a process of its own, without waiting for it.
+    """Starts `actor_class(**kwargs)` as a detached, named actor with its own process, without waiting for it.
 
     Detached, so that it outlives whoever started it: the supervisor finds it again by name. `get_if_exists`
     makes two starters of one name agree on one actor. Raises RuntimeFailure.
