@@ -42,7 +42,7 @@ def write_mixtral(
     seed: int = 0,
     fused: bool = False,
 ) -> transformers.MixtralForCausalLM:
-    """Write a random Mixtral in Hugging Face format; `fused` uses transformers 5's `mlp.experts.gate_up_proj`."""
+    """Write a random Mixtral in Hugging Face format; `fused` means `mlp.experts.gate_up_proj`."""
     config = transformers.MixtralConfig(
         **_shape(layers, hidden, ffn, heads, kv_heads, head_dim, vocab, max_context, tied, rope_parameters),
         num_local_experts=experts,
@@ -111,7 +111,7 @@ def write_dense_mistral(
 def write_mistral_consolidated(
     dest: Path, model: transformers.PreTrainedModel, *, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a Mixtral, Mistral or Llama model again as Mistral does: params.json, consolidated.safetensors."""
+    """Write a Mixtral, Mistral or Llama model as params.json and consolidated.safetensors."""
     config = model.config
     dest.mkdir(parents=True, exist_ok=True)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -234,7 +234,7 @@ def _random(model_class: type[Any], config: transformers.PreTrainedConfig, seed:
 def _save(
     model: Any, dest: Path, dtype: torch.dtype, max_shard_size: str | int | None, *, original_format: bool
 ) -> None:
-    stored = copy.deepcopy(model).to(dtype)  # a copy: casting the model itself would also round its RoPE tables
+    stored = copy.deepcopy(model).to(dtype)  # casting the model itself would round its RoPE tables too
     for parameter in model.parameters():
         parameter.data.copy_(parameter.data.to(dtype))
     limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
