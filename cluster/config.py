@@ -1,0 +1,272 @@
+"""What an operator may choose about a cluster, as one frozen value that cannot contradict itself.
+
+The same dataclass is the `args:` of a Serve config and what the command line fills in. This is the only file
+of the room that reads environment variables, and even here the mapping is an argument. What depends on the
+machine (which device `auto` is, how much memory there is) is decided elsewhere.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import NoneType
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+Device = Literal["auto", "cpu", "cuda"]
+Transport = Literal["auto", "grpc"]
+KernelName = Literal["auto", "fp32", "fp16", "bf16"]
+
+ATTENTION_TILE = 128
+"""Positions that attention reads at a time; KV blocks must tile it exactly."""
+
+ENVIRONMENT_PREFIX = "OCTAVO_"
+
+_MIN_TOKEN_LENGTH = 16
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_AUTH_TOKEN = re.compile(r"[\x21-\x7e]+")
+_HOST = re.compile(r"[A-Za-z0-9:._%-]{1,253}")
+
+# Inclusive limits of every whole number; None for a field that may be absent is checked before.
+_INT_LIMITS: Mapping[str, tuple[int, int]] = {
+    "replicas": (1, 64),
+    "coordinators": (1, 64),
+    "experts_per_actor": (1, 4096),
+    "kv_cache_bytes": (1, 1 << 50),
+    "block_size": (1, ATTENTION_TILE),
+    "max_num_seqs": (1, 4096),
+    "max_num_batched_tokens": (1, 1 << 16),
+    "max_model_len": (1, 1 << 24),
+    "max_waiting_requests": (1, 1 << 16),
+    "max_waiting_tokens": (1, 1 << 30),
+    "expert_threads": (1, 1024),
+    "coordinator_threads": (1, 1024),
+}
+# Exclusive lower and inclusive upper limits, in seconds.
+_SECONDS_LIMITS: Mapping[str, tuple[float, float]] = {
+    "expert_deadline_s": (0.0, 86_400.0),
+    "request_timeout_s": (0.0, 86_400.0),
+    "drain_timeout_s": (0.0, 86_400.0),
+}
+_CHOICES: Mapping[str, Any] = {
+    "device": Device,
+    "experts_device": Device,
+    "transport": Transport,
+    "kernel": KernelName,
+}
+_TEXTS = (
+    "model",
+    "served_model_name",
+    "bind_host",
+    "auth_token",
+    "tls_cert",
+    "tls_key",
+    "tls_ca",
+    "namespace",
+)
+
+
+class ConfigError(ValueError):
+    """A configuration value that is out of its limits, or two that contradict each other. Names the field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Everything that is chosen before a cluster starts.
+
+    `model` is a checkpoint's directory. Sizes are in bytes, tokens or requests as named, times in seconds.
+    None means "decide at start": `max_model_len` from the model, `kv_cache_bytes` and threads from the
+    machine, `expert_num_gpus` from the device (1 on CUDA, 0 on CPU), `served_model_name` from the directory's
+    name.
+
+    `bind_host` may be any address: there is no cluster without a bearer token, since one is generated where
+    `auth_token` is None. The token never appears in the repr.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    device: Device = "auto"
+    experts_device: Device = "auto"
+    replicas: int = 1
+    coordinators: int = 1
+    experts_per_actor: int = 1
+    expert_num_gpus: float | None = None
+    transport: Transport = "auto"
+    kernel: KernelName = "auto"
+    kv_cache_bytes: int | None = None
+    block_size: int = 32
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    max_waiting_requests: int = 256
+    max_waiting_tokens: int = 262_144
+    bind_host: str = "127.0.0.1"
+    auth_token: str | None = field(default=None, repr=False)
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    expert_threads: int = 1
+    coordinator_threads: int | None = None
+    expert_deadline_s: float = 60.0
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+    namespace: str = "octavo"
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "hide_input_in_errors": True}
+    """A misspelt key in a Serve config's `args:` is refused, not ignored; errors do not show the token."""
+
+    def __post_init__(self) -> None:
+        for name, limits in _INT_LIMITS.items():
+            _check_int(name, getattr(self, name), limits, optional=_is_optional(name))
+        for name, bounds in _SECONDS_LIMITS.items():
+            _check_seconds(name, getattr(self, name), bounds)
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), get_args(choices))
+        for name in _TEXTS:
+            _check_text(name, getattr(self, name), optional=_is_optional(name))
+        _check_gpus(self.expert_num_gpus)
+        _check_patterns(self)
+        _check_sizes(self)
+        _check_tls(self)
+        _check_devices(self)
+
+    def check_model(self, num_experts: int, max_context: int) -> None:
+        """Reject what contradicts the model. `num_experts` is E, `max_context` the trained positions.
+
+        Raises ConfigError naming the field, its value and the limit.
+        """
+        if num_experts % self.experts_per_actor:
+            raise ConfigError(
+                f"experts_per_actor is {self.experts_per_actor}, "
+                f"but must divide the model's {num_experts} experts"
+            )
+        if self.max_model_len is not None and self.max_model_len > max_context:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, but the model's context is {max_context} tokens"
+            )
+
+    def context_limit(self, max_context: int) -> int:
+        """Tokens that one sequence may have, prompt and output together."""
+        return max_context if self.max_model_len is None else min(self.max_model_len, max_context)
+
+
+def from_environment(base: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:
+    """`base` with every field overridden for which `OCTAVO_<FIELD>` is set; an empty value means None.
+
+    Variables with the prefix that name no field belong to others and are left alone.
+    Raises ConfigError naming the variable when its text is not of the field's type.
+    """
+    changes: dict[str, Any] = {}
+    for name, hint in _type_hints().items():
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        if variable in environ:
+            changes[name] = _parse(variable, environ[variable], hint)
+    return replace(base, **changes)
+
+
+def _type_hints() -> dict[str, Any]:
+    hints = get_type_hints(ClusterConfig)
+    return {entry.name: hints[entry.name] for entry in fields(ClusterConfig)}
+
+
+def _parse(variable: str, text: str, hint: Any) -> Any:
+    alternatives = get_args(hint) if get_origin(hint) is not Literal else ()
+    if not text and NoneType in alternatives:
+        return None
+    parsers: Mapping[Any, Callable[[str], Any]] = {int: int, float: float, str: str}
+    for kind in (hint, *alternatives):
+        if kind in parsers:
+            try:
+                return parsers[kind](text)
+            except ValueError:
+                raise ConfigError(f"{variable} is {text!r}, but must be {kind.__name__}") from None
+    return text  # a Literal: checked at construction
+
+
+def _is_optional(name: str) -> bool:
+    return name in ("kv_cache_bytes", "max_model_len", "coordinator_threads") or (
+        name in _TEXTS and name not in ("model", "bind_host", "namespace")
+    )
+
+
+def _check_int(name: str, value: object, limits: tuple[int, int], *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    low, high = limits
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}, but must be a whole number from {low} to {high}")
+
+
+def _check_seconds(name: str, value: object, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+        raise ConfigError(f"{name} is {value!r}, but must be more than {low:g} and at most {high:g} seconds")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+def _check_text(name: str, value: object, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value.strip():
+        shown = "given" if name == "auth_token" else repr(value)
+        raise ConfigError(f"{name} is {shown}, but must be a text that is not empty")
+
+
+def _check_gpus(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"expert_num_gpus is {value!r}, but must be a number or absent")
+    if not 0 <= value <= 16 or (value > 1 and value != int(value)):
+        raise ConfigError(f"expert_num_gpus is {value!r}, but must be from 0 to 16 and whole above 1")
+
+
+def _check_patterns(config: ClusterConfig) -> None:
+    if not _HOST.fullmatch(config.bind_host):
+        raise ConfigError(f"bind_host is {config.bind_host!r}, but must be a host name or an IP address")
+    if not _NAMESPACE.fullmatch(config.namespace):
+        raise ConfigError(
+            f"namespace is {config.namespace!r}, but must be at most 63 of letters, digits, '_', '.' "
+            "and '-', starting with a letter or digit"
+        )
+    token = config.auth_token
+    if token is not None and (len(token) < _MIN_TOKEN_LENGTH or not _AUTH_TOKEN.fullmatch(token)):
+        raise ConfigError(
+            f"auth_token has {len(token)} characters, but must have at least {_MIN_TOKEN_LENGTH}, "
+            "all of them printable ASCII without spaces"
+        )
+
+
+def _check_sizes(config: ClusterConfig) -> None:
+    if ATTENTION_TILE % config.block_size:
+        raise ConfigError(
+            f"block_size is {config.block_size}, but must divide {ATTENTION_TILE}, attention's tile"
+        )
+    for name in ("block_size", "max_num_seqs"):
+        least = getattr(config, name)
+        if config.max_num_batched_tokens < least:
+            raise ConfigError(
+                f"max_num_batched_tokens is {config.max_num_batched_tokens}, "
+                f"but must be at least {name} ({least})"
+            )
+
+
+def _check_tls(config: ClusterConfig) -> None:
+    if config.tls_cert is not None and config.tls_key is None:
+        raise ConfigError("tls_cert is given without tls_key; a server needs both")
+    if config.tls_key is not None and config.tls_cert is None:
+        raise ConfigError("tls_key is given without tls_cert; a server needs both")
+    if config.tls_ca is not None and config.tls_cert is None:
+        raise ConfigError("tls_ca is given without tls_cert and tls_key; there is no TLS to verify")
+
+
+def _check_devices(config: ClusterConfig) -> None:
+    if config.experts_device == "cpu" and config.expert_num_gpus:
+        raise ConfigError(f"expert_num_gpus is {config.expert_num_gpus}, but experts_device is cpu")
+    unfit = {"fp16": "cuda", "bf16": "cpu"}.get(config.kernel)
+    for name in ("device", "experts_device"):
+        if unfit is not None and getattr(config, name) == unfit:
+            raise ConfigError(f"kernel is {config.kernel}, which does not run on {name} {unfit}")

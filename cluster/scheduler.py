@@ -1,0 +1,226 @@
+"""Continuous batching: which sequences the next step computes, and what its result makes of them.
+
+One Scheduler serves one coordinator and is used from one thread. The engine calls `schedule`, computes the
+batch, and calls `postprocess` (or `abandon`); while it waits for the experts it may call everything else. A
+sequence that is cancelled meanwhile is gone at once, but its KV blocks are lent to nobody until the step is
+over. Clocks are arguments; tensors, sampling and text are the engine's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.block_allocator import BlockAllocator
+from cluster.ids import SequenceId
+from cluster.sequence import FinishReason, Sequence, SequenceStatus
+from cluster.step_plan import (
+    ScheduledBatch,
+    ScheduledSequence,
+    SchedulerConfig,
+    SequenceUpdate,
+    StepPlanner,
+)
+from cluster.waiting_queue import QueueFull, WaitingQueue
+
+__all__ = [
+    "QueueFull",
+    "RequestTooLong",
+    "ScheduledBatch",
+    "ScheduledSequence",
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerCounters",
+    "SequenceUpdate",
+]
+
+
+class RequestTooLong(ValueError):
+    """A prompt that could never be served here. Names the limit."""
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since start. A prompt token counts when it is first computed, whatever is recomputed later."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+
+    def count(self, item: ScheduledSequence) -> None:
+        """Count a computed item, before its sequence advances."""
+        sequence = item.sequence
+        fresh_from = min(max(item.start, sequence.peak_computed), item.stop)
+        self.recomputed_tokens += fresh_from - item.start
+        self.prompt_tokens += max(0, min(item.stop, sequence.num_prompt) - fresh_from)
+        self.generated_tokens += item.needs_token
+
+
+class Scheduler:
+    """Sequences of one coordinator, first come, first served, over `num_blocks` KV blocks."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+        self.config = config
+        self.counters = SchedulerCounters()
+        self.blocks = BlockAllocator(num_blocks)
+        self.max_model_len = min(config.max_model_len, num_blocks * config.block_size)
+        """Tokens of the longest sequence: the model's limit, or what the whole KV cache can hold."""
+        self._waiting = WaitingQueue(config.max_waiting_requests, config.max_waiting_tokens)
+        self._running: list[Sequence] = []
+        self._live: dict[SequenceId, Sequence] = {}
+        self._in_step: ScheduledBatch | None = None
+        self._num_arrivals = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold KV blocks and are not finished."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that the waiting sequences have yet to compute."""
+        return self._waiting.num_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises RequestTooLong when it could never be served, QueueFull when it may be later, ValueError when
+        its id is in use.
+        """
+        _check_fits(sequence, self.max_model_len, self.config.max_waiting_tokens)
+        if sequence.seq_id in self._live:
+            raise ValueError(f"seq_id {sequence.seq_id} is already in use")
+        sequence.arrival = self._num_arrivals
+        self._waiting.push(sequence)
+        self._num_arrivals += 1
+        self._live[sequence.seq_id] = sequence
+
+    def cancel(self, seq_id: SequenceId) -> bool:
+        """Drop a sequence at once, wherever it is; False where it has already ended."""
+        return self._end(seq_id, FinishReason.CANCELLED)
+
+    def fail(self, seq_id: SequenceId) -> bool:
+        """Drop a sequence that cannot go on; False where it has already ended."""
+        return self._end(seq_id, FinishReason.ERROR)
+
+    def expire(self, now_s: float) -> tuple[Sequence, ...]:
+        """Drop and list the sequences whose deadline has come, by arrival. `schedule` does so too."""
+        late = [s for s in self._live.values() if s.deadline_s is not None and s.deadline_s <= now_s]
+        for sequence in late:
+            self._end(sequence.seq_id, FinishReason.EXPIRED)
+        return tuple(late)
+
+    def schedule(self, now_s: float) -> ScheduledBatch:
+        """Plan the next step; it stays in flight until `postprocess` or `abandon`. It may have no items.
+
+        `now_s` is any clock that does not run backwards, the same as that of the deadlines.
+        """
+        assert self._in_step is None, f"step {self.counters.steps} is still in flight"
+        expired = self.expire(now_s)
+        self._waiting.observe(now_s)
+        planner = StepPlanner(self.config, self.max_model_len, self._running, self._waiting, self.blocks)
+        planner.plan()
+        self.counters.preemptions += len(planner.preempted)
+        self._in_step = ScheduledBatch(
+            step=self.counters.steps,
+            items=tuple(planner.items),
+            expired=expired,
+            preempted=tuple(planner.preempted),
+        )
+        return self._in_step
+
+    def postprocess(self, batch: ScheduledBatch, tokens: Mapping[SequenceId, int]) -> list[SequenceUpdate]:
+        """Apply a computed step. `tokens` has one for every item that `needs_token` and is not finished.
+
+        Returns an update for each sequence that got a token or ended by itself, in the batch's order. Tokens
+        of sequences that were dropped meanwhile are ignored.
+        """
+        alive = [item for item in batch.items if not item.sequence.is_finished]
+        lacking = [i.sequence.seq_id for i in alive if i.needs_token and i.sequence.seq_id not in tokens]
+        assert not lacking, f"step {batch.step} has no token for sequences {lacking}"
+        self._close(batch)
+        self.counters.steps += 1
+        updates = []
+        for item in alive:
+            sequence = item.sequence
+            self.counters.count(item)
+            sequence.advance(item.stop)
+            if sequence.num_uncomputed:
+                continue
+            token = tokens[sequence.seq_id] if item.needs_token else None
+            reason = sequence.receive(token, self.max_model_len)
+            updates.append(SequenceUpdate(sequence=sequence, token=token, finish_reason=reason))
+            if reason is not None:
+                self._end(sequence.seq_id, reason)
+        return updates
+
+    def abandon(self, batch: ScheduledBatch) -> None:
+        """Give up a step without a result: its sequences stand where they stood, and are scheduled again."""
+        self._close(batch)
+
+    def check_integrity(self) -> None:
+        """Audit blocks, tables, queue and order. Raises AssertionError saying what is wrong."""
+        dropped = [] if self._in_step is None else [i.sequence for i in self._in_step.dropped]
+        self.blocks.check_integrity(s.block_table for s in (*self._running, *dropped))
+        everyone = [*self._running, *self._waiting]
+        arrivals = [sequence.arrival for sequence in everyone]
+        assert arrivals == sorted(set(arrivals)), f"not in order of arrival: {arrivals}"
+        assert set(self._live.values()) == set(everyone), "a live sequence is in no list"
+        assert self.num_running <= self.config.max_num_seqs, self.num_running
+        waiting_tokens = sum(sequence.num_tokens for sequence in self._waiting)
+        assert self.num_waiting_tokens == waiting_tokens, (self.num_waiting_tokens, waiting_tokens)
+        for sequence in self._running:
+            _check_running(sequence, len(sequence.block_table) * self.config.block_size, self.max_model_len)
+        for sequence in self._waiting:
+            assert sequence.status is SequenceStatus.WAITING, sequence
+            assert not sequence.block_table, sequence
+            assert sequence.num_computed == 0, sequence
+
+    def _end(self, seq_id: SequenceId, reason: FinishReason) -> bool:
+        """Take a live sequence out. Blocks that the step in flight still uses are freed when it is over."""
+        sequence = self._live.pop(seq_id, None)
+        if sequence is None:
+            return False
+        if sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        if self._in_step is None or not self._in_step.computes(sequence):
+            self._release(sequence)
+        return True
+
+    def _close(self, batch: ScheduledBatch) -> None:
+        """End the step in flight and free the blocks of those that were dropped in it."""
+        assert batch is self._in_step, f"step {batch.step} is not the one in flight"
+        for item in batch.dropped:
+            self._release(item.sequence)
+        self._in_step = None
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.free(reversed(sequence.block_table))
+        sequence.block_table.clear()
+
+
+def _check_fits(sequence: Sequence, max_model_len: int, max_waiting_tokens: int) -> None:
+    if sequence.num_prompt + min(1, sequence.max_tokens) > max_model_len:
+        output = " and wants output" if sequence.max_tokens else ""
+        raise RequestTooLong(
+            f"the prompt has {sequence.num_prompt} tokens{output}, but max_model_len is {max_model_len}"
+        )
+    if sequence.num_prompt > max_waiting_tokens:
+        raise RequestTooLong(
+            f"the prompt has {sequence.num_prompt} tokens, but max_waiting_tokens is {max_waiting_tokens}"
+        )
+
+
+def _check_running(sequence: Sequence, held: int, max_model_len: int) -> None:
+    assert sequence.status is SequenceStatus.RUNNING, sequence
+    assert sequence.num_computed < sequence.num_tokens <= max_model_len, sequence
+    assert sequence.num_computed <= held, sequence

@@ -1,0 +1,140 @@
+"""One sequence on its way through a coordinator: its tokens, its limits and where it stands.
+
+The scheduler owns the changing fields. How a token is sampled, and what text it is, is not known here.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster.ids import SequenceId
+
+_NONE: frozenset[int] = frozenset()
+
+
+class SequenceError(ValueError):
+    """A sequence whose limits make no sense. Names the field."""
+
+
+class FinishReason(Enum):
+    """Why a sequence got its last token."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token, which is the last output token."""
+    LENGTH = "length"
+    """`max_tokens`, or the longest sequence that the model or the KV cache can hold."""
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    """The deadline passed."""
+    ERROR = "error"
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is: queued (new or preempted), holding KV blocks, or done."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A prompt, its output so far, and the limits that end it. Compared by identity.
+
+    `deadline_s` is on the scheduler's clock. `max_tokens` 0 scores the prompt and generates nothing; it is
+    allowed only with `wants_prompt_logprobs`. `eos_token_ids` and `stop_token_ids` both end the sequence,
+    `ignore_eos` disarms the former. The fields after `wants_prompt_logprobs` belong to the scheduler:
+
+    - `output_ids`: tokens generated. A preempted sequence keeps them.
+    - `num_computed`: tokens, of prompt and output together, whose keys and values are in the KV cache.
+    - `peak_computed`: the most that `num_computed` has ever been; below it everything is a recomputation.
+    - `block_table`: KV blocks held, in order of position.
+    - `arrival`: order of arrival in this scheduler; lower goes first.
+    """
+
+    seq_id: SequenceId
+    prompt_ids: Items[int]
+    max_tokens: int
+    min_tokens: int = 0
+    eos_token_ids: frozenset[int] = _NONE
+    stop_token_ids: frozenset[int] = _NONE
+    ignore_eos: bool = False
+    deadline_s: float | None = None
+    wants_prompt_logprobs: bool = False
+
+    output_ids: list[int] = field(default_factory=list, init=False)
+    num_computed: int = field(default=0, init=False)
+    peak_computed: int = field(default=0, init=False)
+    block_table: list[int] = field(default_factory=list, init=False)
+    arrival: int = field(default=-1, init=False)
+    status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    num_preemptions: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise SequenceError("prompt_ids is empty, but must have at least 1 token")
+        if self.max_tokens < 0:
+            raise SequenceError(f"max_tokens is {self.max_tokens}, but must be at least 0")
+        if self.max_tokens == 0 and not self.wants_prompt_logprobs:
+            raise SequenceError("max_tokens is 0, but must be at least 1 unless prompt_logprobs are wanted")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise SequenceError(
+                f"min_tokens is {self.min_tokens}, but must be from 0 to max_tokens ({self.max_tokens})"
+            )
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens that are not in the KV cache yet; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        """True from the moment it is decided, even while a running step still computes the sequence."""
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends the sequence."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
+
+    def forbidden_ids(self) -> frozenset[int]:
+        """Tokens that must not be sampled next: while below `min_tokens`, those that end the sequence."""
+        return self.stop_ids if len(self.output_ids) < self.min_tokens else _NONE
+
+    def final_computed(self, max_model_len: int) -> int:
+        """The most positions this can ever hold in the KV cache; its last token is never computed."""
+        return max(self.num_prompt, min(self.num_prompt + self.max_tokens, max_model_len) - 1)
+
+    def advance(self, num_computed: int) -> None:
+        """Note that the KV cache now holds `num_computed` positions."""
+        assert self.num_computed < num_computed <= self.num_tokens, (self.num_computed, num_computed)
+        self.num_computed = num_computed
+        self.peak_computed = max(self.peak_computed, num_computed)
+
+    def receive(self, token: int | None, max_model_len: int) -> FinishReason | None:
+        """Append a sampled token, if any, and say whether that ends the sequence."""
+        if token is not None:
+            self.output_ids.append(token)
+            if token in self.stop_ids and len(self.output_ids) > self.min_tokens:
+                return FinishReason.STOP
+        if len(self.output_ids) >= self.max_tokens or self.num_tokens >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Known tokens at positions start..stop, prompt and output as one."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        prompt = self.num_prompt
+        head = tuple(self.prompt_ids[start:stop])
+        return head + tuple(self.output_ids[max(0, start - prompt) : max(0, stop - prompt)])

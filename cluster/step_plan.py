@@ -1,0 +1,198 @@
+"""What one step computes: the plan that the scheduler hands to the engine, and how it is drawn up.
+
+Order of service: running decodes, running prefills, then admissions, each by arrival. A sequence gets the
+blocks of all its known tokens when it is admitted, so only decodes ever grow; who finds no block makes the
+latest arrival start over (preemption by recompute, as in vLLM, arXiv 2309.06180 §4.5). The latest arrival is
+never one that is already in the plan, and the earliest always gets what it needs, so every step advances
+someone.
+"""
+
+from dataclasses import dataclass, field
+
+from cluster.block_allocator import BlockAllocator, blocks_for
+from cluster.sequence import FinishReason, Sequence, SequenceStatus
+from cluster.waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one coordinator's scheduler; all at least 1.
+
+    `max_num_batched_tokens` bounds the tokens of one step, `block_size` is tokens per KV block,
+    `max_model_len` the tokens of one sequence, prompt and output together.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    max_waiting_requests: int
+    max_waiting_tokens: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, "
+                f"but must be at least max_num_seqs ({self.max_num_seqs})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSequence:
+    """A sequence's share of one step: tokens at positions start..stop of `sequence`.
+
+    `block_table` covers `stop` positions and is a copy. `needs_token` is True where the share reaches the
+    last known token, so that a next one is to be sampled from the last row's logits.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    needs_token: bool
+
+    @property
+    def stop(self) -> int:
+        """Positions in the KV cache once the step is done; the share's context length."""
+        return self.start + self.num_tokens
+
+    @property
+    def prompt_rows(self) -> range:
+        """Rows of this share (0..num_tokens) whose logits score the next prompt token.
+
+        Empty unless the sequence `wants_prompt_logprobs`. Row r scores prompt position start + r + 1. Every
+        position from 1 to the prompt's end is scored once, in order, whatever is preempted.
+        """
+        if not self.sequence.wants_prompt_logprobs:
+            return range(0)
+        first = max(self.start, self.sequence.peak_computed)
+        last = min(self.stop, self.sequence.num_prompt - 1)
+        return range(first - self.start, max(first, last) - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledBatch:
+    """One step. `expired` sequences have just been removed; `preempted` ones wait again with their output."""
+
+    step: int
+    items: tuple[ScheduledSequence, ...]
+    expired: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute."""
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def dropped(self) -> list[ScheduledSequence]:
+        """Items whose sequence has ended, by cancellation or otherwise, since the step was planned."""
+        return [item for item in self.items if item.sequence.is_finished]
+
+    def computes(self, sequence: Sequence) -> bool:
+        """True where the step reads and writes KV blocks of `sequence`."""
+        return any(item.sequence is sequence for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceUpdate:
+    """What a step gave one sequence: a token, its end, or both."""
+
+    sequence: Sequence
+    token: int | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class StepPlanner:
+    """Draws up one step. Changes `running` (in order of arrival), `waiting` and `blocks` as it decides."""
+
+    config: SchedulerConfig
+    max_len: int
+    running: list[Sequence]
+    waiting: WaitingQueue
+    blocks: BlockAllocator
+    items: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    budget: int = 0
+
+    def plan(self) -> None:
+        """Fill `items` and `preempted`."""
+        self.budget = self.config.max_num_batched_tokens
+        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+            if sequence.status is SequenceStatus.RUNNING and self._grow(sequence):
+                self._take(sequence)
+        for sequence in self.running:
+            if sequence.num_uncomputed > 1 and self.budget:
+                self._take(sequence)
+        self._admit()
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Get the block of the next token, at the cost of the latest arrivals; False where that is
+        `sequence`.
+        """
+        missing = blocks_for(sequence.num_tokens, self.config.block_size) - len(sequence.block_table)
+        while missing > self.blocks.num_free:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += self.blocks.allocate(max(0, missing))
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.blocks.free(victim.block_table)
+        victim.block_table.clear()
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        victim.status = SequenceStatus.WAITING
+        self.waiting.push_front(victim)
+        self.preempted.append(victim)
+
+    def _take(self, sequence: Sequence) -> None:
+        start = sequence.num_computed
+        num_tokens = min(sequence.num_uncomputed, self.budget)
+        stop = start + num_tokens
+        self.budget -= num_tokens
+        self.items.append(
+            ScheduledSequence(
+                sequence=sequence,
+                start=start,
+                num_tokens=num_tokens,
+                token_ids=sequence.token_ids(start, stop),
+                block_table=tuple(sequence.block_table[: blocks_for(stop, self.config.block_size)]),
+                needs_token=stop == sequence.num_tokens and sequence.max_tokens > 0,
+            )
+        )
+
+    def _admit(self) -> None:
+        """Admit by arrival; nobody overtakes a head that does not fit, so it cannot starve."""
+        if self.preempted:
+            return
+        while self.budget and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting.head()
+            if sequence is None:
+                return
+            needed = blocks_for(sequence.num_tokens, self.config.block_size)
+            if needed + self._reserve() > self.blocks.num_free:
+                return
+            self.waiting.pop()
+            sequence.block_table += self.blocks.allocate(needed)
+            sequence.status = SequenceStatus.RUNNING
+            self.running.append(sequence)
+            self._take(sequence)
+
+    def _reserve(self) -> int:
+        """Blocks to leave free: one for each running sequence that may still grow, so that it is not
+        preempted soon.
+        """
+        size = self.config.block_size
+        return sum(
+            len(s.block_table) < blocks_for(s.final_computed(self.max_len), size) for s in self.running
+        )
