@@ -134,14 +134,18 @@ class ClusterConfig:
 
         Raises ConfigError naming the field, its value and the limit.
         """
+        self.check_experts(num_experts)
+        if self.max_model_len is not None and self.max_model_len > max_context:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}, but the model's context is {max_context} tokens"
+            )
+
+    def check_experts(self, num_experts: int) -> None:
+        """Reject groups of experts that do not come out even."""
         if num_experts % self.experts_per_actor:
             raise ConfigError(
                 f"experts_per_actor is {self.experts_per_actor}, "
                 f"but must divide the model's {num_experts} experts"
-            )
-        if self.max_model_len is not None and self.max_model_len > max_context:
-            raise ConfigError(
-                f"max_model_len is {self.max_model_len}, but the model's context is {max_context} tokens"
             )
 
     def context_limit(self, max_context: int) -> int:

@@ -1,0 +1,96 @@
+"""How many tokens each expert of each layer got: totals since start, and a bounded recent window.
+
+Counted by the coordinator from its dispatch plans. The layer axis is kept: summed over layers, imbalance
+cancels out. L layers, E experts, W slots of the window.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+class LoadWindow:
+    """Tokens routed per (layer, expert) in about the last `window_s` seconds.
+
+    A ring of `num_slots` equal slots, so the oldest slot leaves as a whole: the window covers between
+    window_s * (1 - 1 / num_slots) and window_s seconds. Memory is fixed.
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, *, window_s: float = 60.0, num_slots: int = 12
+    ) -> None:
+        _check_shape(num_layers, num_experts)
+        if num_slots < 1 or not window_s > 0:
+            raise ValueError(f"window_s is {window_s} and num_slots {num_slots}, but both must be positive")
+        self._slots_WLE: IntArray = np.zeros((num_slots, num_layers, num_experts), np.int64)
+        self._slot_s = window_s / num_slots
+        self._current = 0
+        self._slot_number: int | None = None
+
+    def add(self, layer: int, counts_E: Sequence[int]) -> None:
+        """Count one layer's dispatch: tokens per expert."""
+        self._slots_WLE[self._current, layer] += counts_E
+
+    def roll(self, now_s: float) -> None:
+        """Tell the time, of any clock; slots that have left the window are emptied."""
+        number = int(now_s // self._slot_s)
+        if self._slot_number is None:
+            self._slot_number = number
+        for _ in range(min(number - self._slot_number, len(self._slots_WLE))):
+            self._current = (self._current + 1) % len(self._slots_WLE)
+            self._slots_WLE[self._current] = 0
+        self._slot_number = max(number, self._slot_number)
+
+    @property
+    def load(self) -> IntArray:
+        """Tokens per (layer, expert) in the window, shape (L, E); a fresh array."""
+        load_LE: IntArray = self._slots_WLE.sum(axis=0)
+        return load_LE
+
+
+class LoadCounter:
+    """Tokens routed per (layer, expert) since start, with the recent `window` kept alongside."""
+
+    def __init__(self, num_layers: int, num_experts: int, window: LoadWindow | None = None) -> None:
+        _check_shape(num_layers, num_experts)
+        self.window = LoadWindow(num_layers, num_experts) if window is None else window
+        self._total_LE: IntArray = np.zeros((num_layers, num_experts), np.int64)
+
+    def add(self, layer: int, counts_E: Sequence[int]) -> None:
+        """Count one layer's dispatch: tokens per expert."""
+        self._total_LE[layer] += counts_E
+        self.window.add(layer, counts_E)
+
+    def roll(self, now_s: float) -> None:
+        """Tell the window the time, once a step."""
+        self.window.roll(now_s)
+
+    @property
+    def total(self) -> IntArray:
+        """Tokens per (layer, expert) since start, shape (L, E); a fresh array."""
+        return self._total_LE.copy()
+
+
+def balancedness(load_LE: npt.ArrayLike) -> FloatArray:
+    """Mean load / max load of each layer, shape (L,): 1.0 is perfect, 1/E is everything at one expert.
+
+    A layer without load is balanced: 1.0.
+    """
+    loads = np.asarray(load_LE, np.float64)
+    if loads.ndim != 2 or loads.shape[1] == 0 or (loads < 0).any():
+        raise ValueError(f"load_LE has shape {loads.shape}; it must be layers by experts, nowhere negative")
+    largest_L: FloatArray = loads.max(axis=1)
+    balanced_L = np.ones_like(largest_L)
+    np.divide(loads.mean(axis=1), largest_L, out=balanced_L, where=largest_L > 0)
+    return balanced_L
+
+
+def _check_shape(num_layers: int, num_experts: int) -> None:
+    if num_layers < 1 or num_experts < 1:
+        raise ValueError(
+            f"num_layers is {num_layers} and num_experts {num_experts}, but both must be at least 1"
+        )

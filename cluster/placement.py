@@ -1,0 +1,147 @@
+"""Which replica goes to which node.
+
+What is placed stays where it is. Newcomers are spread: first away from other copies of the same expert, then
+to where most is left. Coordinators go where there are fewest experts. Starting anything is not done here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from cluster.desired import DesiredReplica
+from cluster.ids import CoordinatorId, ExpertId, NodeId, ReplicaId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSlots:
+    """What a node offers to experts in all: GPUs, reservable CPUs, host memory."""
+
+    node_id: NodeId
+    gpu: float
+    cpu: float
+    memory_bytes: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class PlacementError(Exception):
+    """Some replicas fit on no node.
+
+    `unplaced` has a reason for each, `placed` is the placement of all others, with which one may go on.
+    """
+
+    def __init__(self, unplaced: Mapping[ReplicaId, str], placed: Mapping[ReplicaId, NodeId]) -> None:
+        first = next(iter(unplaced.items()))
+        more = f", and {len(unplaced) - 1} more" if len(unplaced) > 1 else ""
+        super().__init__(f"{first[0]} fits on no node: {first[1]}{more}")
+        self.unplaced = dict(unplaced)
+        self.placed = dict(placed)
+
+
+@dataclass(slots=True)
+class _Room:
+    """A node while it is being filled."""
+
+    slots: NodeSlots
+    gpu: float = 0.0
+    cpu: float = 0.0
+    memory_bytes: int = 0
+    num_replicas: int = 0
+    copies: dict[ExpertId, int] = field(default_factory=dict)
+
+    def take(self, replica: DesiredReplica) -> None:
+        self.gpu += replica.gpu
+        self.cpu += replica.cpu
+        self.memory_bytes += replica.memory_bytes
+        self.num_replicas += 1
+        for expert in replica.expert_ids:
+            self.copies[expert] = self.copies.get(expert, 0) + 1
+
+    def lacks(self, replica: DesiredReplica) -> str | None:
+        """What is too little for `replica` here, or None when it fits."""
+        for name in ("gpu", "cpu", "memory_bytes"):
+            free = getattr(self.slots, name) - getattr(self, name)
+            wanted = getattr(replica, name)
+            if wanted > free + 1e-9:
+                return f"{name} {wanted:g} wanted, {free:g} free on {self.slots.node_id}"
+        return None
+
+    def cost(self, replica: DesiredReplica) -> tuple[int, float, int, str]:
+        """Order of preference: copies of the same experts, share of the scarcest resource, replicas, id."""
+        shared = sum(self.copies.get(expert, 0) for expert in replica.expert_ids)
+        shares = [
+            (getattr(self, name) + getattr(replica, name)) / getattr(self.slots, name)
+            for name in ("gpu", "cpu", "memory_bytes")
+            if getattr(replica, name)
+        ]
+        return shared, max(shares, default=0.0), self.num_replicas, self.slots.node_id
+
+
+def place(
+    replicas_wanted: Iterable[DesiredReplica], nodes: Iterable[NodeSlots], current: Mapping[ReplicaId, NodeId]
+) -> dict[ReplicaId, NodeId]:
+    """A node for every wanted replica; deterministic, whatever the order of the arguments.
+
+    `current` is where replicas are; those that are wanted and whose node still exists stay there, even where
+    that node is over-full. Two copies of one expert share a node only when no other node has room. Raises
+    PlacementError.
+    """
+    rooms = {slots.node_id: _Room(slots) for slots in nodes}
+    wanted = sorted(replicas_wanted, key=lambda r: (-r.memory_bytes, -r.gpu, r.replica_id))
+    placed: dict[ReplicaId, NodeId] = {}
+    for replica in wanted:
+        node_id = current.get(replica.replica_id)
+        if node_id is not None and node_id in rooms:
+            rooms[node_id].take(replica)
+            placed[replica.replica_id] = node_id
+    unplaced: dict[ReplicaId, str] = {}
+    for replica in wanted:
+        if replica.replica_id in placed:
+            continue
+        able = [room for room in rooms.values() if room.lacks(replica) is None]
+        if not able:
+            unplaced[replica.replica_id] = _why_not(replica, rooms.values())
+            continue
+        room = min(able, key=lambda candidate: candidate.cost(replica))
+        room.take(replica)
+        placed[replica.replica_id] = room.slots.node_id
+    if unplaced:
+        raise PlacementError(unplaced, placed)
+    return placed
+
+
+def with_nodes(
+    replicas: Iterable[DesiredReplica], placement: Mapping[ReplicaId, NodeId]
+) -> tuple[DesiredReplica, ...]:
+    """The replicas with their nodes filled in from `placement`."""
+    return tuple(replace(r, node_id=placement.get(r.replica_id, r.node_id)) for r in replicas)
+
+
+def place_coordinators(
+    coordinator_ids: Sequence[CoordinatorId],
+    nodes: Iterable[NodeSlots],
+    experts: Mapping[ReplicaId, NodeId],
+    current: Mapping[CoordinatorId, NodeId],
+) -> dict[CoordinatorId, NodeId]:
+    """A node for every coordinator: apart from each other, then where there are fewest experts and most CPUs.
+
+    Coordinators that are placed stay. Raises ValueError when there is no node at all.
+    """
+    slots = {node.node_id: node for node in nodes}
+    if not slots:
+        raise ValueError("there is no node for a coordinator")
+    num_experts = dict.fromkeys(slots, 0)
+    for node_id in experts.values():
+        if node_id in num_experts:
+            num_experts[node_id] += 1
+    placed = {c: current[c] for c in coordinator_ids if current.get(c) in slots}
+    for coordinator_id in coordinator_ids:
+        if coordinator_id not in placed:
+            held = list(placed.values())
+            placed[coordinator_id] = min(
+                slots, key=lambda n: (held.count(n), num_experts[n], -slots[n].cpu, n)
+            )
+    return placed
+
+
+def _why_not(replica: DesiredReplica, rooms: Iterable[_Room]) -> str:
+    reasons = [room.lacks(replica) for room in rooms]
+    return next((reason for reason in reasons if reason is not None), "there is no node")
