@@ -113,6 +113,8 @@ def write_mistral_consolidated(
 ) -> None:
     """Write a Mixtral, Mistral or Llama model as params.json and consolidated.safetensors."""
     config = model.config
+    if config.rope_parameters["rope_type"] != "default":
+        raise ValueError("rotary scaling is not written in Mistral's format")
     dest.mkdir(parents=True, exist_ok=True)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     params: dict[str, Any] = {
