@@ -99,8 +99,8 @@ Action = PublishMap | StopReplica | StartReplica
 class ReconcilePolicy:
     """Times of the decisions, in seconds.
 
-    A first failure is followed by a start at once, the n-th in a row (n > 1) by a pause of base · 2^(n - 2), up to
-    the cap.
+    A first failure is followed by a start at once, the n-th in a row (n > 1) by a pause of base · 2^(n -
+    2), up to the cap.
     """
 
     backoff_base_s: float = 0.5
@@ -161,7 +161,8 @@ def reconcile(
 ) -> tuple[tuple[Action, ...], ReconcileState]:
     """Actions to take in order, and the next state. Without news there are no actions.
 
-    An observation may be late, by less than the policy's timeouts. Replicas in `unplaced` are not started
+    `observed` has every process that is not known to be gone. It may be late, by less than the policy's
+    timeouts, but who was in it and is no more is taken for dead. Replicas in `unplaced` are not started
     now. A replica that is observed but not desired is taken from the map, then drained and stopped.
     """
     rules = ReconcilePolicy() if policy is None else policy
@@ -196,7 +197,7 @@ def _next_map(
     wanted: Mapping[ReplicaId, DesiredReplica],
     records: Mapping[ReplicaId, Record],
 ) -> tuple[ExpertMap, dict[ReplicaId, str]]:
-    """The map of what is ready, and who is kept out of it. An address is that of who became ready there last."""
+    """The map of what is ready, and who is kept out. An address is that of who became ready there last."""
     refused: dict[ReplicaId, str] = {}
     by_address: dict[str, ReplicaInfo] = {}
     for replica_id in sorted(ready, key=lambda r: (-records[r].since_s, r)):

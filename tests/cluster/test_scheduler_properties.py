@@ -1,0 +1,219 @@
+"""Whatever happens to a scheduler with far too little memory, every answer is the one that plenty would have given."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cluster.ids import SequenceId
+from cluster.scheduler import (
+    QueueFull,
+    RequestTooLong,
+    ScheduledBatch,
+    Scheduler,
+    SchedulerConfig,
+)
+from cluster.sequence import FinishReason, Sequence
+from tests.support.fake_model import EOS, VOCABULARY, PagedFakeModel, expected_output
+
+TOKEN_IDS = st.integers(0, VOCABULARY - 1)
+OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds, cancels, deadlines and failures at every moment, in the middle of steps too, over a tiny pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.batch: ScheduledBatch | None = None
+        self.sequences: list[Sequence] = []
+        self.updates: dict[SequenceId, list[int]] = {}
+        self.scored: dict[SequenceId, list[int]] = {}
+        self.ended: list[SequenceId] = []
+
+    @initialize(
+        num_blocks=st.integers(2, 9),
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 5),
+        spare_budget=st.integers(0, 8),
+        max_waiting_requests=st.integers(1, 6),
+        max_waiting_tokens=st.integers(8, 60),
+        max_model_len=st.integers(3, 30),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        spare_budget: int,
+        max_waiting_requests: int,
+        max_waiting_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + spare_budget,
+            block_size=block_size,
+            max_waiting_requests=max_waiting_requests,
+            max_waiting_tokens=max_waiting_tokens,
+            max_model_len=max_model_len,
+        )
+        self.scheduler = Scheduler(self.config, num_blocks)
+        self.model = PagedFakeModel(num_blocks, block_size)
+
+    @rule(
+        prompt=st.lists(TOKEN_IDS, min_size=1, max_size=14),
+        max_tokens=st.integers(0, 14),
+        min_tokens=st.integers(0, 6),
+        stop=st.frozensets(TOKEN_IDS, max_size=2),
+        ignore_eos=st.booleans(),
+        patience_s=st.none() | st.integers(1, 30),
+        scored=st.booleans(),
+    )
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stop: frozenset[int],
+        ignore_eos: bool,
+        patience_s: int | None,
+        scored: bool,
+    ) -> None:
+        sequence = Sequence(
+            seq_id=SequenceId(len(self.sequences)),
+            prompt_ids=tuple(prompt),
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            eos_token_ids=frozenset([EOS]),
+            stop_token_ids=stop,
+            ignore_eos=ignore_eos,
+            deadline_s=None if patience_s is None else self.now_s + patience_s,
+            wants_prompt_logprobs=scored or max_tokens == 0,
+        )
+        waiting, tokens = self.scheduler.num_waiting, self.scheduler.num_waiting_tokens
+        try:
+            self.scheduler.add(sequence)
+        except QueueFull as full:
+            limits = self.config.max_waiting_requests, self.config.max_waiting_tokens
+            assert waiting >= limits[0] or tokens + len(prompt) > limits[1]
+            assert 1.0 <= full.retry_after_s <= 60.0
+        except RequestTooLong:
+            room = min(self.scheduler.max_model_len, self.config.max_waiting_tokens)
+            assert len(prompt) + min(1, max_tokens) > room
+        else:
+            self.sequences.append(sequence)
+            assert self.scheduler.num_waiting <= self.config.max_waiting_requests
+            assert self.scheduler.num_waiting_tokens <= self.config.max_waiting_tokens
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), fail=st.booleans())
+    def drop(self, data: st.DataObject, fail: bool) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        was_alive = not sequence.is_finished
+        end = self.scheduler.fail if fail else self.scheduler.cancel
+        assert end(sequence.seq_id) == was_alive
+        assert sequence.is_finished
+
+    @rule(seconds=st.integers(1, 10), look=st.booleans())
+    def wait(self, seconds: int, look: bool) -> None:
+        self.now_s += seconds
+        if look:
+            for sequence in self.scheduler.expire(self.now_s):
+                assert sequence.finish_reason is FinishReason.EXPIRED
+
+    @precondition(lambda self: self.batch is None)
+    @rule()
+    def begin_step(self) -> None:
+        had_work = self.scheduler.num_running + self.scheduler.num_waiting
+        batch = self.batch = self.scheduler.schedule(self.now_s)
+        alive = self.scheduler.num_running + self.scheduler.num_waiting
+        assert alive == had_work - len(batch.expired)
+        assert bool(batch.items) == bool(alive), "a step with work to do does some of it"
+        assert batch.num_tokens <= self.config.max_num_batched_tokens
+        assert len({item.sequence for item in batch.items}) == len(batch.items) <= self.config.max_num_seqs
+        self.model.write(batch)
+
+    @precondition(lambda self: self.batch is not None)
+    @rule()
+    def end_step(self) -> None:
+        assert self.batch is not None
+        batch, self.batch = self.batch, None
+        tokens = self.model.sample(batch)
+        for item in batch.items:
+            positions = [item.start + row + 1 for row in item.prompt_rows]
+            self.scored.setdefault(item.sequence.seq_id, []).extend(positions)
+        for update in self.scheduler.postprocess(batch, tokens):
+            seq_id = update.sequence.seq_id
+            assert seq_id not in self.ended, "nothing comes after the end"
+            if update.token is not None:
+                self.updates.setdefault(seq_id, []).append(update.token)
+            if update.finish_reason is not None:
+                self.ended.append(seq_id)
+
+    @precondition(lambda self: self.batch is not None)
+    @rule()
+    def lose_step(self) -> None:
+        assert self.batch is not None
+        self.scheduler.abandon(self.batch)
+        self.batch = None
+
+    @invariant()
+    def is_sound(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        allowed = self.config.max_waiting_requests + self.config.max_num_seqs
+        assert self.scheduler.num_waiting <= allowed
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.batch is not None:
+            self.end_step()
+        for _ in range(2_000):
+            if not self.scheduler.num_running + self.scheduler.num_waiting:
+                break
+            self.begin_step()
+            self.end_step()
+            self.is_sound()
+        assert all(sequence.is_finished for sequence in self.sequences), "somebody starves"
+        assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
+        assert self.scheduler.num_waiting_tokens == 0
+        for sequence in self.sequences:
+            self.check_answer(sequence)
+        counters = self.scheduler.counters
+        assert counters.generated_tokens == sum(len(tokens) for tokens in self.updates.values())
+        assert counters.preemptions == sum(sequence.num_preemptions for sequence in self.sequences)
+        assert counters.prompt_tokens == sum(min(s.peak_computed, s.num_prompt) for s in self.sequences)
+
+    def check_answer(self, sequence: Sequence) -> None:
+        expected = expected_output(sequence, self.scheduler.max_model_len)
+        tokens = self.updates.get(sequence.seq_id, [])
+        assert tokens == sequence.output_ids
+        scored = self.scored.get(sequence.seq_id, [])
+        whole = list(range(1, sequence.num_prompt)) if sequence.wants_prompt_logprobs else []
+        assert scored == whole[: len(scored)], "each prompt position is scored once, in order"
+        if sequence.finish_reason in OWN_ENDS:
+            assert tokens == expected
+            assert scored == whole
+            stopped = bool(tokens) and tokens[-1] in sequence.stop_ids
+            assert (sequence.finish_reason is FinishReason.STOP) == stopped
+            assert sequence.seq_id in self.ended
+        else:
+            assert tokens == expected[: len(tokens)]
+            assert sequence.seq_id not in self.ended
+
+
+def test_random_histories_are_exact_sound_and_come_to_an_end() -> None:
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True),
+    )

@@ -1,0 +1,69 @@
+"""A deterministic stand-in for the model: its next token depends on every token before, read from a paged cache.
+
+The cache is as real as it gets without tensors: keys are tokens with their sequence, written to and read from KV
+blocks, so that a block lent to two sequences, freed too early or forgotten shows as a wrong read.
+"""
+
+import zlib
+from collections.abc import Sequence as Items
+
+from cluster.ids import SequenceId
+from cluster.scheduler import ScheduledBatch, ScheduledSequence
+from cluster.sequence import Sequence
+
+VOCABULARY = 13
+EOS = 3
+
+
+def next_token(tokens: Items[int], forbidden: frozenset[int] = frozenset()) -> int:
+    """A token that depends on all of `tokens` and their order, and is not forbidden."""
+    token = zlib.crc32(repr(list(tokens)).encode()) % VOCABULARY
+    while token in forbidden:
+        token = (token + 1) % VOCABULARY
+    return token
+
+
+def expected_output(sequence: Sequence, max_model_len: int) -> list[int]:
+    """What an engine with unlimited memory generates, one token at a time."""
+    stop_ids = set(sequence.stop_token_ids) | (set() if sequence.ignore_eos else set(sequence.eos_token_ids))
+    output: list[int] = []
+    while len(output) < sequence.max_tokens and sequence.num_prompt + len(output) < max_model_len:
+        forbidden = frozenset(stop_ids) if len(output) < sequence.min_tokens else frozenset()
+        output.append(next_token([*sequence.prompt_ids, *output], forbidden))
+        if output[-1] in stop_ids:
+            break
+    return output
+
+
+class PagedFakeModel:
+    """Runs scheduled batches over `num_blocks` blocks of `block_size` cells."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._cells: list[tuple[SequenceId, int] | None] = [None] * (num_blocks * block_size)
+
+    def write(self, batch: ScheduledBatch) -> None:
+        """The first half of a step: what the batch's tokens leave in the cache."""
+        for item in batch.items:
+            for offset, token in enumerate(item.token_ids):
+                self._cells[self._cell(item, item.start + offset)] = (item.sequence.seq_id, token)
+
+    def sample(self, batch: ScheduledBatch) -> dict[SequenceId, int]:
+        """The second half: read each sequence's whole context back, and choose its next token."""
+        tokens = {}
+        for item in batch.items:
+            context = [self._read(item, position) for position in range(item.stop)]
+            if item.needs_token and not item.sequence.is_finished:
+                tokens[item.sequence.seq_id] = next_token(context, item.sequence.forbidden_ids())
+        return tokens
+
+    def _cell(self, item: ScheduledSequence, position: int) -> int:
+        block = item.block_table[position // self._block_size]
+        return block * self._block_size + position % self._block_size
+
+    def _read(self, item: ScheduledSequence, position: int) -> int:
+        cell = self._cells[self._cell(item, position)]
+        assert cell is not None, (item, position)
+        owner, token = cell
+        assert owner == item.sequence.seq_id, f"position {position} of {item} was overwritten by {owner}"
+        return token
