@@ -1,7 +1,7 @@
-"""A deterministic stand-in for the model: its next token depends on every token before, read from a paged cache.
+"""A deterministic stand-in for the model: the next token depends on all before it, read from a paged cache.
 
-The cache is as real as it gets without tensors: keys are tokens with their sequence, written to and read from KV
-blocks, so that a block lent to two sequences, freed too early or forgotten shows as a wrong read.
+The cache is as real as it gets without tensors: KV blocks of cells, a token and its sequence in each.
+A block that is lent to two sequences, freed too early or forgotten shows as a wrong read.
 """
 
 import zlib
