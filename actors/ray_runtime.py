@@ -76,8 +76,11 @@ class ActorRef:
 
 
 def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
-    """Starts a Ray of this process's own on loopback; it ends with the process. Raises RuntimeFailure."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    """Starts a Ray of this process's own; it ends with the process. Raises RuntimeFailure.
+
+    Ray's own ports listen on every interface and cannot be told otherwise; what keeps strangers out is its token,
+    which a local cluster asks for unless RAY_AUTH_MODE says differently (it must be set before Ray is imported).
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
@@ -88,7 +91,6 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
             logging_level=logging.ERROR,
             num_gpus=num_gpus,
             object_store_memory=128 * 1024 * 1024,
-            _node_ip_address="127.0.0.1",
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
@@ -152,6 +154,12 @@ def find(name: str, namespace: str) -> ActorRef | None:
         return None
 
 
+def names(namespace: str) -> tuple[str, ...]:
+    """Names of all living actors of a namespace."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    return tuple(sorted(entry["name"] for entry in listed if entry["namespace"] == namespace))
+
+
 def spawn(
     actor_class: type,
     *,
@@ -161,11 +169,13 @@ def spawn(
     env: Mapping[str, str],
     node_id: str | None = None,
     num_gpus: float = 0.0,
+    restarts: bool = False,
 ) -> ActorRef:
     """Starts `actor_class(**kwargs)` as a detached, named actor with its own process, without waiting for it.
 
     Detached, so that it outlives whoever started it: the supervisor finds it again by name. `get_if_exists`
-    makes two starters of one name agree on one actor. Raises RuntimeFailure.
+    makes two starters of one name agree on one actor. `restarts` leaves restarting it to Ray. Raises
+    RuntimeFailure.
     """
     # A hard affinity: a replica that was placed by name must not drift to a node that already has its twin.
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
@@ -176,7 +186,7 @@ def spawn(
         get_if_exists=True,
         num_cpus=0,
         num_gpus=num_gpus,
-        max_restarts=0,
+        max_restarts=-1 if restarts else 0,
         scheduling_strategy=strategy,
         runtime_env={"env_vars": dict(env)},
     )

@@ -90,7 +90,7 @@ class ReconcileState:
     """
 
     expert_map: ExpertMap
-    records: Mapping[ReplicaId, Record] = field(default_factory=dict)
+    records: Mapping[str, Record] = field(default_factory=dict)
     refused: Mapping[ReplicaId, str] = field(default_factory=dict)
 
     @classmethod
@@ -117,8 +117,7 @@ def reconcile(
     wanted = {replica.replica_id: replica for replica in desired}
     seen = {replica.replica_id: replica for replica in observed}
     views = [ProcessView(one.replica_id, one.incarnation, one.phase, one.detail) for one in seen.values()]
-    steps, kept = keep(wanted, views, now_s, dict(state.records), blocked=unplaced, policy=policy)
-    records = {ReplicaId(process_id): record for process_id, record in kept.items()}
+    steps, records = keep(wanted, views, now_s, state.records, blocked=unplaced, policy=policy)
     processes: list[Action] = [
         StartReplica(wanted[ReplicaId(step.process_id)], step.incarnation)
         if isinstance(step, Start)
@@ -140,7 +139,7 @@ def _next_map(
     current: ExpertMap,
     ready: Mapping[ReplicaId, ReplicaInfo],
     wanted: Mapping[ReplicaId, DesiredReplica],
-    records: Mapping[ReplicaId, Record],
+    records: Mapping[str, Record],
 ) -> tuple[ExpertMap, dict[ReplicaId, str]]:
     """The map of what is ready, and who is kept out. An address is that of who became ready there last."""
     refused: dict[ReplicaId, str] = {}

@@ -1,0 +1,171 @@
+"""What the cluster looks like right now, as values: the stable JSON of `octavo status --json`, and its tables.
+
+Field names are an interface that scripts rely on: add, never rename. Gathering the values is the supervisor's work.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One expert replica. `layers` is [first, last]; weights in bytes; `load_s` seconds spent loading them.
+
+    A process that has not spoken yet has zeros and empty texts."""
+
+    replica_id: str
+    expert_ids: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    pid: int = 0
+    node: str = ""
+    address: str = ""
+    state: str = ""
+    inflight_tokens: int = 0
+    tokens_total: int = 0
+    kernel: str = ""
+    weight_bytes: int = 0
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorStatus:
+    """One coordinator: its queue, its KV blocks, and the map it uses."""
+
+    coordinator_id: str
+    pid: int = 0
+    node: str = ""
+    address: str = ""
+    state: str = ""
+    map_epoch: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    kv_block_size: int = 0
+    max_model_len: int = 0
+    kernel: str = ""
+    weight_bytes: int = 0
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    expert_retries_total: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadStatus:
+    """Tokens routed to each expert, summed over layers, and each layer's balancedness (mean / max, 1.0 is even)."""
+
+    tokens_per_expert: list[int]
+    window_tokens_per_expert: list[int]
+    balancedness_per_layer: list[float]
+    balancedness: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The whole cluster. `state` is starting, ready, degraded or draining."""
+
+    state: str
+    model: str
+    model_path: str
+    map_epoch: int
+    system_fingerprint: str
+    uptime_s: float
+    coordinators: list[CoordinatorStatus]
+    replicas: list[ReplicaStatus]
+    load: LoadStatus
+    events: list[str]
+
+    def to_json(self) -> str:
+        """The stable JSON text, one object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "ClusterStatus":
+        """The inverse of `dataclasses.asdict`."""
+        parts = {
+            "coordinators": [CoordinatorStatus(**one) for one in value["coordinators"]],
+            "replicas": [ReplicaStatus(**one) for one in value["replicas"]],
+            "load": LoadStatus(**value["load"]),
+        }
+        return cls(**{**value, **parts})
+
+
+def render(status: ClusterStatus) -> RenderableType:
+    """The human form of a status: three tables and a line of summary."""
+    summary = (
+        f"[bold]{status.model}[/bold]: {status.state}, map epoch {status.map_epoch}, "
+        f"balancedness {status.load.balancedness:.2f}, up {status.uptime_s:.0f} s"
+    )
+    return Group(summary, _coordinators(status), _replicas(status), _load(status))
+
+
+def show(status: ClusterStatus, console: Console) -> None:
+    """Prints `render(status)`."""
+    console.print(render(status))
+
+
+def size(num_bytes: int) -> str:
+    """A byte count for people: MiB below a GiB, GiB above."""
+    gib = num_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _coordinators(status: ClusterStatus) -> Table:
+    table = Table(title="coordinators", title_justify="left")
+    for column in ("id", "state", "pid", "node", "address", "epoch", "running", "waiting", "KV free", "kernel"):
+        table.add_column(column)
+    for one in status.coordinators:
+        table.add_row(
+            one.coordinator_id,
+            one.state,
+            str(one.pid),
+            one.node[:8],
+            one.address,
+            str(one.map_epoch),
+            str(one.num_running),
+            str(one.num_waiting),
+            f"{one.kv_blocks_free}/{one.kv_blocks_total} x {one.kv_block_size}",
+            one.kernel,
+        )
+    return table
+
+
+def _replicas(status: ClusterStatus) -> Table:
+    table = Table(title="expert replicas", title_justify="left")
+    for column in ("id", "experts", "layers", "state", "pid", "node", "address", "in flight", "kernel", "weights"):
+        table.add_column(column)
+    for one in status.replicas:
+        table.add_row(
+            one.replica_id,
+            ",".join(map(str, one.expert_ids)),
+            f"{one.layers[0]}-{one.layers[1]}",
+            one.state,
+            str(one.pid),
+            one.node[:8],
+            one.address,
+            str(one.inflight_tokens),
+            one.kernel,
+            size(one.weight_bytes),
+        )
+    return table
+
+
+def _load(status: ClusterStatus) -> Table:
+    table = Table(title="expert load, tokens over all layers", title_justify="left")
+    table.add_column("expert")
+    for expert in range(len(status.load.tokens_per_expert)):
+        table.add_column(str(expert), justify="right")
+    table.add_row("since start", *map(str, status.load.tokens_per_expert))
+    table.add_row("recent window", *map(str, status.load.window_tokens_per_expert))
+    return table
