@@ -60,18 +60,21 @@ def _join(messages: Sequence[Mapping[str, object]]) -> str:
 
 
 def _check(messages: Sequence[Mapping[str, object]]) -> None:
+    """Refuse what mistral-common's validator refuses."""
     for index, message in enumerate(messages):
-        role, content = message["role"], message.get("content")
+        where, role, content = f"messages[{index}]", message["role"], message.get("content")
         if role not in ("system", "user", "assistant"):
-            raise ChatTemplateError(f"messages[{index}].role: {role!r} is not one of system, user, assistant")
+            raise ChatTemplateError(f"{where}.role: {role!r} is not one of system, user, assistant")
         if content is None:
-            raise ChatTemplateError(f"messages[{index}].content: is missing")
+            raise ChatTemplateError(f"{where}.content: is missing")
         if role == "assistant" and not content:
-            raise ChatTemplateError(f"messages[{index}].content: an assistant's message must not be empty")
+            raise ChatTemplateError(f"{where}.content: an assistant's message must not be empty")
+        if role == "system" and index > 0 and messages[index - 1]["role"] == "assistant":
+            raise ChatTemplateError(f"{where}.role: 'system' must not follow 'assistant'")
         if message.get("prefix") is True and (role != "assistant" or index != len(messages) - 1):
-            raise ChatTemplateError(f"messages[{index}].prefix: only the last assistant message may have it")
+            raise ChatTemplateError(f"{where}.prefix: only the last assistant message may have it")
     last = messages[-1]
     if last["role"] == "assistant" and last.get("prefix") is not True:
-        raise ChatTemplateError(
-            "messages: the last message must be the user's (or an assistant's with prefix true)"
-        )
+        raise ChatTemplateError("messages: the last message must be the user's (or an assistant's with prefix true)")
+    if len(messages) == 1 and last["role"] == "assistant":
+        raise ChatTemplateError("messages: a conversation must not begin with an answer")
