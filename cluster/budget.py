@@ -81,9 +81,7 @@ def memory_budget(node: str, needs: Sequence[ActorNeed], available_bytes: int) -
     )
 
 
-def packed_bytes(
-    stored_bytes: int, stored_element_bytes: int, kernel: Literal["fp32", "fp16", "bf16"]
-) -> int:
+def packed_bytes(stored_bytes: int, stored_element_bytes: int, kernel: Literal["fp32", "fp16", "bf16"]) -> int:
     """Memory of weights that take `stored_bytes` in a checkpoint, once packed for `kernel`."""
     if stored_bytes % stored_element_bytes:
         raise ValueError(f"stored_bytes is {stored_bytes}, not a multiple of {stored_element_bytes}")
@@ -100,16 +98,13 @@ def choose_kv_bytes(requested: int | None, free_bytes: int, *, on_gpu: bool) -> 
     if requested is not None:
         if requested > free_bytes:
             raise BudgetError(
-                f"kv_cache_bytes is {requested} ({gigabytes(requested)}), "
-                f"but only {gigabytes(free_bytes)} are free"
+                f"kv_cache_bytes is {requested} ({gigabytes(requested)}), but only {gigabytes(free_bytes)} are free"
             )
         return requested
     return int(free_bytes * GPU_KV_SHARE) if on_gpu else min(CPU_KV_BYTES, free_bytes // 2)
 
 
-def num_kv_blocks(
-    kv_bytes: int, block_bytes: int, *, block_size: int, max_num_seqs: int, max_model_len: int
-) -> int:
+def num_kv_blocks(kv_bytes: int, block_bytes: int, *, block_size: int, max_num_seqs: int, max_model_len: int) -> int:
     """KV blocks of `block_bytes` that fit into `kv_bytes`, and no more than all sequences at full length use.
 
     Raises BudgetError when not even one fits.
@@ -118,9 +113,7 @@ def num_kv_blocks(
         raise ValueError(f"block_bytes is {block_bytes}, but must be at least 1")
     fitting = kv_bytes // block_bytes
     if fitting < 1:
-        raise BudgetError(
-            f"kv_cache_bytes is {kv_bytes}, but one block of {block_size} tokens takes {block_bytes}"
-        )
+        raise BudgetError(f"kv_cache_bytes is {kv_bytes}, but one block of {block_size} tokens takes {block_bytes}")
     return min(fitting, max_num_seqs * blocks_for(max_model_len, block_size))
 
 

@@ -136,16 +136,13 @@ class ClusterConfig:
         """
         self.check_experts(num_experts)
         if self.max_model_len is not None and self.max_model_len > max_context:
-            raise ConfigError(
-                f"max_model_len is {self.max_model_len}, but the model's context is {max_context} tokens"
-            )
+            raise ConfigError(f"max_model_len is {self.max_model_len}, but the model's context is {max_context} tokens")
 
     def check_experts(self, num_experts: int) -> None:
         """Reject groups of experts that do not come out even."""
         if num_experts % self.experts_per_actor:
             raise ConfigError(
-                f"experts_per_actor is {self.experts_per_actor}, "
-                f"but must divide the model's {num_experts} experts"
+                f"experts_per_actor is {self.experts_per_actor}, but must divide the model's {num_experts} experts"
             )
 
     def context_limit(self, max_context: int) -> int:
@@ -246,15 +243,12 @@ def _check_patterns(config: ClusterConfig) -> None:
 
 def _check_sizes(config: ClusterConfig) -> None:
     if ATTENTION_TILE % config.block_size:
-        raise ConfigError(
-            f"block_size is {config.block_size}, but must divide {ATTENTION_TILE}, attention's tile"
-        )
+        raise ConfigError(f"block_size is {config.block_size}, but must divide {ATTENTION_TILE}, attention's tile")
     for name in ("block_size", "max_num_seqs"):
         least = getattr(config, name)
         if config.max_num_batched_tokens < least:
             raise ConfigError(
-                f"max_num_batched_tokens is {config.max_num_batched_tokens}, "
-                f"but must be at least {name} ({least})"
+                f"max_num_batched_tokens is {config.max_num_batched_tokens}, but must be at least {name} ({least})"
             )
 
 

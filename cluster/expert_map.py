@@ -84,14 +84,10 @@ class ExpertMap:
         if not replica.expert_ids or len(set(replica.expert_ids)) != len(replica.expert_ids):
             raise ExpertMapError(f"{name} holds experts {replica.expert_ids}; each must be there once")
         if min(replica.expert_ids) < 0 or max(replica.expert_ids) >= self.num_experts:
-            raise ExpertMapError(
-                f"{name} holds experts {replica.expert_ids}, but there are {self.num_experts}"
-            )
+            raise ExpertMapError(f"{name} holds experts {replica.expert_ids}, but there are {self.num_experts}")
         last = replica.first_layer + replica.num_layers
         if replica.first_layer < 0 or replica.num_layers < 1 or last > self.num_layers:
-            raise ExpertMapError(
-                f"{name} holds layers {replica.first_layer}..{last}, but there are {self.num_layers}"
-            )
+            raise ExpertMapError(f"{name} holds layers {replica.first_layer}..{last}, but there are {self.num_layers}")
         if not replica.address:
             raise ExpertMapError(f"{name} has no address")
 

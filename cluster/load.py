@@ -20,9 +20,7 @@ class LoadWindow:
     window_s * (1 - 1 / num_slots) and window_s seconds. Memory is fixed.
     """
 
-    def __init__(
-        self, num_layers: int, num_experts: int, *, window_s: float = 60.0, num_slots: int = 12
-    ) -> None:
+    def __init__(self, num_layers: int, num_experts: int, *, window_s: float = 60.0, num_slots: int = 12) -> None:
         _check_shape(num_layers, num_experts)
         if num_slots < 1 or not window_s > 0:
             raise ValueError(f"window_s is {window_s} and num_slots {num_slots}, but both must be positive")
@@ -91,6 +89,4 @@ def balancedness(load_LE: npt.ArrayLike) -> FloatArray:
 
 def _check_shape(num_layers: int, num_experts: int) -> None:
     if num_layers < 1 or num_experts < 1:
-        raise ValueError(
-            f"num_layers is {num_layers} and num_experts {num_experts}, but both must be at least 1"
-        )
+        raise ValueError(f"num_layers is {num_layers} and num_experts {num_experts}, but both must be at least 1")

@@ -108,9 +108,7 @@ def place(
     return placed
 
 
-def with_nodes(
-    replicas: Iterable[DesiredReplica], placement: Mapping[ReplicaId, NodeId]
-) -> tuple[DesiredReplica, ...]:
+def with_nodes(replicas: Iterable[DesiredReplica], placement: Mapping[ReplicaId, NodeId]) -> tuple[DesiredReplica, ...]:
     """The replicas with their nodes filled in from `placement`."""
     return tuple(replace(r, node_id=placement.get(r.replica_id, r.node_id)) for r in replicas)
 
@@ -136,9 +134,7 @@ def place_coordinators(
     for coordinator_id in coordinator_ids:
         if coordinator_id not in placed:
             held = list(placed.values())
-            placed[coordinator_id] = min(
-                slots, key=lambda n: (held.count(n), num_experts[n], -slots[n].cpu, n)
-            )
+            placed[coordinator_id] = min(slots, key=lambda n: (held.count(n), num_experts[n], -slots[n].cpu, n))
     return placed
 
 

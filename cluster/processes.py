@@ -117,9 +117,7 @@ def keep(
     for process_id in sorted({*wanted, *seen, *records}):
         record = _believe(records.get(process_id, Record()), seen.get(process_id), now_s, rules)
         is_wanted = process_id in wanted
-        record, action = _act(
-            record, process_id, now_s, rules, wanted=is_wanted, blocked=process_id in blocked
-        )
+        record, action = _act(record, process_id, now_s, rules, wanted=is_wanted, blocked=process_id in blocked)
         if action is not None:
             actions.append(action)
         if is_wanted or process_id in seen or record.phase is not Phase.ABSENT:

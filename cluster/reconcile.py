@@ -60,9 +60,7 @@ class StartReplica:
 
 @dataclass(frozen=True, slots=True)
 class StopReplica:
-    """End a process; with `drain`, let it answer what it has first. It may not exist: then there is nothing
-    to do.
-    """
+    """End a process; with `drain`, let it answer what it has first. If there is none, there is nothing to do."""
 
     replica_id: ReplicaId
     incarnation: int
@@ -72,9 +70,7 @@ class StopReplica:
 
 @dataclass(frozen=True, slots=True)
 class PublishMap:
-    """Give every coordinator this map. One that lags behind later, as after a restart, is given the state's
-    map.
-    """
+    """Give every coordinator this map. One that lags later, as after a restart, is given the state's map."""
 
     expert_map: ExpertMap
 
@@ -127,12 +123,16 @@ def reconcile(
     ready = {
         replica_id: view.info
         for replica_id, view in seen.items()
-        if view.info is not None and replica_id in wanted and records[replica_id].phase is Phase.READY
+        if view.info is not None and replica_id in wanted and _is_current(view, records[replica_id])
     }
     expert_map, refused = _next_map(state.expert_map, ready, wanted, records)
     published: list[Action] = [] if expert_map is state.expert_map else [PublishMap(expert_map)]
     after = ReconcileState(expert_map=expert_map, records=records, refused=refused)
     return (*published, *processes), after
+
+
+def _is_current(view: ObservedReplica, record: Record) -> bool:
+    return record.phase is Phase.READY and record.incarnation == view.incarnation
 
 
 def _next_map(

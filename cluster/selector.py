@@ -39,7 +39,5 @@ def select(
     """The best of `candidates`. Raises NoReplica when there is none."""
     ranked = candidates(expert_map, layer, expert, inflight, healthy)
     if not ranked:
-        raise NoReplica(
-            f"no healthy replica holds expert {expert} in layer {layer} (epoch {expert_map.epoch})"
-        )
+        raise NoReplica(f"no healthy replica holds expert {expert} in layer {layer} (epoch {expert_map.epoch})")
     return ranked[0].replica_id

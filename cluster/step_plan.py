@@ -193,6 +193,4 @@ class StepPlanner:
         preempted soon.
         """
         size = self.config.block_size
-        return sum(
-            len(s.block_table) < blocks_for(s.final_computed(self.max_len), size) for s in self.running
-        )
+        return sum(len(s.block_table) < blocks_for(s.final_computed(self.max_len), size) for s in self.running)

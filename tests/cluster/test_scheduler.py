@@ -148,18 +148,14 @@ def test_a_small_kv_cache_lowers_the_model_length() -> None:
     assert step(scheduler)[0].finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize(
-    ("length", "max_tokens", "fits"), [(7, 1, True), (8, 1, False), (8, 0, True), (9, 0, False)]
-)
+@pytest.mark.parametrize(("length", "max_tokens", "fits"), [(7, 1, True), (8, 1, False), (8, 0, True), (9, 0, False)])
 def test_what_can_never_fit_is_refused_at_once(length: int, max_tokens: int, fits: bool) -> None:
     scheduler = make(num_blocks=2)
     wanted = sequence(1, length, max_tokens, wants_prompt_logprobs=max_tokens == 0)
     if fits:
         scheduler.add(wanted)
         assert step(scheduler) == [
-            SequenceUpdate(
-                sequence=wanted, token=7 if max_tokens else None, finish_reason=FinishReason.LENGTH
-            )
+            SequenceUpdate(sequence=wanted, token=7 if max_tokens else None, finish_reason=FinishReason.LENGTH)
         ]
     else:
         with pytest.raises(RequestTooLong, match=rf"prompt has {length} tokens.*max_model_len is 8"):
