@@ -205,7 +205,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(EVENTS, st.integers(0, 3))
 def test_after_any_trouble_the_desired_comes_about_and_then_there_is_peace(
     events: list[tuple[str, int, int]], lag: int

@@ -222,5 +222,5 @@ class SchedulerMachine(RuleBasedStateMachine):
 def test_random_histories_are_exact_sound_and_come_to_an_end() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
-        settings=settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True),
+        settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True),
     )

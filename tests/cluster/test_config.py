@@ -1,0 +1,218 @@
+"""Every field has limits, contradictions do not get past construction, and secrets stay secret."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from cluster.config import ClusterConfig, ConfigError, from_args, from_environment
+
+TOKEN = "0123456789abcdef"
+ARGS: TypeAdapter[ClusterConfig] = TypeAdapter(ClusterConfig)
+
+
+def make(**changes: Any) -> ClusterConfig:
+    return ClusterConfig(**{"model": "/models/mixtral", **changes})
+
+
+def test_the_defaults_are_those_of_one_machine() -> None:
+    config = make()
+    assert (config.replicas, config.coordinators, config.experts_per_actor) == (1, 1, 1)
+    assert config.bind_host == "127.0.0.1"
+    assert config.auth_token is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("replicas", 0, "replicas is 0, but must be a whole number from 1 to 64"),
+        ("replicas", True, "replicas is True"),
+        ("replicas", 1.0, "replicas is 1.0"),
+        ("coordinators", 65, "coordinators is 65"),
+        ("experts_per_actor", 0, "experts_per_actor is 0"),
+        ("kv_cache_bytes", 0, "kv_cache_bytes is 0"),
+        ("block_size", 48, "block_size is 48, but must divide 128"),
+        ("block_size", 256, "block_size is 256"),
+        ("max_num_seqs", 0, "max_num_seqs is 0"),
+        ("max_num_batched_tokens", 1 << 17, "max_num_batched_tokens is 131072"),
+        ("max_model_len", 0, "max_model_len is 0"),
+        ("max_waiting_requests", 0, "max_waiting_requests is 0"),
+        ("max_waiting_tokens", -1, "max_waiting_tokens is -1"),
+        ("expert_threads", 0, "expert_threads is 0"),
+        ("coordinator_threads", 0, "coordinator_threads is 0"),
+        ("expert_deadline_s", 0, "expert_deadline_s is 0, but must be more than 0"),
+        ("expert_deadline_s", float("nan"), "expert_deadline_s is nan"),
+        ("request_timeout_s", float("inf"), "request_timeout_s is inf"),
+        ("drain_timeout_s", "30", "drain_timeout_s is '30'"),
+        ("device", "tpu", "device is 'tpu', but must be one of auto, cpu, cuda"),
+        ("experts_device", "", "experts_device is ''"),
+        ("transport", "rdma", "transport is 'rdma', but must be one of auto, grpc"),
+        ("kernel", "int8", "kernel is 'int8', but must be one of auto, fp32, fp16, bf16"),
+        ("model", "", "model is '', but must be a text that is not empty"),
+        ("model", None, "model is None"),
+        ("served_model_name", " ", "served_model_name is ' '"),
+        ("bind_host", "a host", "bind_host is 'a host'"),
+        ("namespace", "-x", "namespace is '-x'"),
+        ("namespace", "a" * 64, "namespace is"),
+        ("expert_num_gpus", -1, "expert_num_gpus is -1"),
+        ("expert_num_gpus", 1.5, "expert_num_gpus is 1.5, but must be from 0 to 16 and whole above 1"),
+        ("expert_num_gpus", float("nan"), "expert_num_gpus is nan"),
+        ("expert_num_gpus", True, "expert_num_gpus is True"),
+    ],
+)
+def test_a_value_out_of_its_limits_is_named_with_them(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**{name: value})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"max_num_batched_tokens": 16, "max_num_seqs": 8},
+            r"max_num_batched_tokens is 16, .* block_size \(32\)",
+        ),
+        ({"max_num_batched_tokens": 32}, r"max_num_batched_tokens is 32, .* max_num_seqs \(64\)"),
+        ({"tls_cert": "c.pem"}, "tls_cert is given without tls_key"),
+        ({"tls_key": "k.pem"}, "tls_key is given without tls_cert"),
+        ({"tls_ca": "ca.pem"}, "tls_ca is given without tls_cert"),
+        ({"experts_device": "cpu", "expert_num_gpus": 0.5}, "expert_num_gpus is 0.5, but experts_device is cpu"),
+        ({"kernel": "bf16", "experts_device": "cpu"}, "kernel is bf16, which does not run on experts_device cpu"),
+        ({"kernel": "fp16", "device": "cuda"}, "kernel is fp16, which does not run on device cuda"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bind_host": "0.0.0.0"},
+        {"bind_host": "fe80::1%eth0"},
+        {"tls_cert": "c", "tls_key": "k", "tls_ca": "ca"},
+        {"experts_device": "cpu", "expert_num_gpus": 0},
+        {"expert_num_gpus": 0.25},
+        {"expert_num_gpus": 2},
+        {"block_size": 128, "max_num_batched_tokens": 128},
+        {"drain_timeout_s": 1},
+        {"auth_token": TOKEN},
+    ],
+)
+def test_what_makes_sense_is_accepted(changes: dict[str, Any]) -> None:
+    config = make(**changes)
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    "token", ["short", "has a space in the middle", "schlüssel-schlüssel", "line\nbreak-line\nbreak"]
+)
+def test_a_weak_or_unsendable_token_is_refused_without_showing_it(token: str) -> None:
+    with pytest.raises(ConfigError, match=f"auth_token has {len(token)} characters") as caught:
+        make(auth_token=token)
+    assert token not in str(caught.value)
+
+
+def test_the_token_is_in_no_repr() -> None:
+    assert TOKEN not in repr(make(auth_token=TOKEN))
+
+
+def test_it_is_frozen_and_travels_between_processes() -> None:
+    config = make(auth_token=TOKEN)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.replicas = 2  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, replicas=2).replicas == 2
+    with pytest.raises(ConfigError):
+        dataclasses.replace(config, replicas=0)
+
+
+def test_the_arguments_of_a_serve_config_are_the_same_thing() -> None:
+    config = ARGS.validate_python({"model": "/m", "replicas": 2, "kv_cache_bytes": None, "drain_timeout_s": 5})
+    assert config == ClusterConfig(model="/m", replicas=2, drain_timeout_s=5.0)
+    assert from_args({"model": "/m", "replicas": 2, "drain_timeout_s": 5}) == config
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"model": "/m", "replicsa": 2}, "replicsa"),
+        ({"model": "/m", "block_size": 48}, "block_size is 48"),
+        ({"replicas": 2}, "model"),
+        ({"model": "/m", "transport": "rdma"}, "transport"),
+    ],
+)
+def test_a_serve_config_is_checked_as_strictly(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ARGS.validate_python(args)
+    with pytest.raises(ConfigError, match=message) as caught:
+        from_args({**args, "auth_token": TOKEN})
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_misspelt_key_gets_a_hint() -> None:
+    with pytest.raises(ConfigError, match="'replicsa' is not a field of the configuration; did you mean replicas"):
+        from_args({"model": "/m", "replicsa": 2})
+    with pytest.raises(ConfigError, match=r"'xyz' is not a field of the configuration$"):
+        from_args({"model": "/m", "xyz": 2})
+
+
+def test_the_model_has_a_say() -> None:
+    make(experts_per_actor=2, max_model_len=100).check_model(8, 100)
+    with pytest.raises(ConfigError, match="experts_per_actor is 3, but must divide the model's 8 experts"):
+        make(experts_per_actor=3).check_model(8, 100)
+    with pytest.raises(ConfigError, match="experts_per_actor is 16"):
+        make(experts_per_actor=16).check_model(8, 100)
+    with pytest.raises(ConfigError, match="max_model_len is 101, but the model's context is 100 tokens"):
+        make(max_model_len=101).check_model(8, 100)
+
+
+@pytest.mark.parametrize(("max_model_len", "limit"), [(None, 512), (100, 100), (512, 512)])
+def test_the_context_limit(max_model_len: int | None, limit: int) -> None:
+    assert make(max_model_len=max_model_len).context_limit(512) == limit
+
+
+def test_the_environment_overrides_field_by_field() -> None:
+    base = make(auth_token=TOKEN, replicas=2)
+    environ = {
+        "OCTAVO_REPLICAS": "3",
+        "OCTAVO_AUTH_TOKEN": "",
+        "OCTAVO_EXPERT_NUM_GPUS": "0.5",
+        "OCTAVO_EXPERTS_DEVICE": "cuda",
+        "OCTAVO_MODEL": "/other",
+        "OCTAVO_MAX_MODEL_LEN": "77",
+        "OCTAVO_DRAIN_TIMEOUT_S": "2.5",
+        "OCTAVO_CACHE_DIR": "of somebody else",
+        "REPLICAS": "9",
+    }
+    assert from_environment(base, environ) == dataclasses.replace(
+        base,
+        replicas=3,
+        auth_token=None,
+        expert_num_gpus=0.5,
+        experts_device="cuda",
+        model="/other",
+        max_model_len=77,
+        drain_timeout_s=2.5,
+    )
+    assert from_environment(base, {}) == base
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("OCTAVO_REPLICAS", "two", "OCTAVO_REPLICAS is 'two', but must be int"),
+        ("OCTAVO_REPLICAS", "", "OCTAVO_REPLICAS is '', but must be int"),
+        ("OCTAVO_REPLICAS", "0", "replicas is 0"),
+        ("OCTAVO_DRAIN_TIMEOUT_S", "soon", "OCTAVO_DRAIN_TIMEOUT_S is 'soon', but must be float"),
+        ("OCTAVO_TRANSPORT", "rdma", "transport is 'rdma'"),
+        ("OCTAVO_MAX_MODEL_LEN", "4k", "OCTAVO_MAX_MODEL_LEN is '4k', but must be int"),
+    ],
+)
+def test_nonsense_in_the_environment_is_named(variable: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_environment(make(), {variable: text})

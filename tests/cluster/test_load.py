@@ -1,0 +1,85 @@
+"""Load is counted per layer and expert, in total and in a window that forgets."""
+
+import numpy as np
+import pytest
+
+from cluster.load import LoadCounter, LoadWindow, balancedness
+
+
+def test_totals_add_up_and_are_copies() -> None:
+    counter = LoadCounter(2, 3)
+    counter.add(0, (1, 2, 3))
+    counter.add(0, (1, 0, 0))
+    counter.add(1, [0, 0, 5])
+    assert counter.total.tolist() == [[2, 2, 3], [0, 0, 5]]
+    assert counter.window.load.tolist() == counter.total.tolist()
+    counter.total[0, 0] = 99
+    counter.window.load[0, 0] = 99
+    assert counter.total[0, 0] == counter.window.load[0, 0] == 2
+
+
+def test_the_window_forgets_slot_by_slot() -> None:
+    window = LoadWindow(1, 1, window_s=30.0, num_slots=3)
+    for now_s, expected in [
+        (100.0, 1),
+        (109.0, 2),
+        (111.0, 3),
+        (120.0, 4),
+        (130.0, 3),
+        (140.0, 3),
+        (169.0, 2),
+        (300.0, 1),
+    ]:
+        window.roll(now_s)
+        window.add(0, (1,))
+        assert window.load.tolist() == [[expected]], now_s
+
+
+def test_the_total_does_not_forget() -> None:
+    counter = LoadCounter(1, 1, LoadWindow(1, 1, window_s=1.0, num_slots=1))
+    for now_s in (0.0, 10.0, 20.0):
+        counter.roll(now_s)
+        counter.add(0, (2,))
+    assert (counter.total.item(), counter.window.load.item()) == (6, 2)
+
+
+def test_a_clock_that_steps_back_loses_nothing() -> None:
+    window = LoadWindow(1, 1, window_s=30.0, num_slots=3)
+    for now_s in (100.0, 50.0, 101.0):
+        window.roll(now_s)
+        window.add(0, (1,))
+    assert window.load.item() == 3
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ([[4, 4, 4, 4]], [1.0]),
+        ([[8, 0, 0, 0]], [0.25]),
+        ([[0, 0]], [1.0]),
+        ([[3, 1], [1, 1], [0, 2]], [2 / 3, 1.0, 0.5]),
+    ],
+)
+def test_balancedness_is_mean_over_max_per_layer(load: list[list[int]], expected: list[float]) -> None:
+    assert balancedness(load) == pytest.approx(expected)
+
+
+def test_summing_over_layers_would_hide_the_imbalance() -> None:
+    load = np.array([[8, 0], [0, 8]])
+    assert balancedness(load) == pytest.approx([0.5, 0.5])
+    assert balancedness(load.sum(axis=0, keepdims=True)) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("load", [[1, 2], [[]], [[1, -1]]])
+def test_balancedness_refuses_other_shapes_and_negatives(load: object) -> None:
+    with pytest.raises(ValueError, match="load_LE has shape"):
+        balancedness(load)  # type: ignore[arg-type]
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="num_layers is 0 and num_experts 3"):
+        LoadCounter(0, 3)
+    with pytest.raises(ValueError, match="num_slots 0"):
+        LoadWindow(1, 1, num_slots=0)
+    with pytest.raises(ValueError, match="window_s is 0"):
+        LoadWindow(1, 1, window_s=0.0)
