@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +25,8 @@ from protos.codec import MAX_MESSAGE_BYTES
 
 MAX_CONCURRENT_RPCS = 1024
 """Calls that one server runs at a time; a cluster has a handful of streams per peer."""
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
 _TOKEN_KEY = "authorization"
 # Bit set of compression algorithms: a compressed message could grow past its limit while it is read.
@@ -104,14 +106,14 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._rejecter: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(_reject)
+        self._rejecter: Handler = grpc.stream_stream_rpc_method_handler(_reject)
         self.rejected = 0
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler:
         """Looks at the header only; the comparison takes the same time for every wrong token."""
         for key, value in handler_call_details.invocation_metadata:
             if key == _TOKEN_KEY:
@@ -125,9 +127,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 class GrpcServer:
     """A listening server and its health. `address` is `host:port` with the port it really got."""
 
-    def __init__(
-        self, server: grpc.aio.Server, service: str, host: str, port: int, health_servicer: Any
-    ) -> None:
+    def __init__(self, server: grpc.aio.Server, service: str, host: str, port: int, health_servicer: Any) -> None:
         self._server = server
         self._service = service
         self._health = health_servicer
