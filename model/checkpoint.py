@@ -90,10 +90,13 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the linear weights, the router aside; where they differ, the one that holds all."""
-        linear = {
-            place.stored.dtype for name, place in self._places.items() if name.endswith(_LINEAR_SUFFIXES)
-        }
+        linear = {place.stored.dtype for name, place in self._places.items() if name.endswith(_LINEAR_SUFFIXES)}
         return reduce(torch.promote_types, linear)
+
+    @property
+    def owners(self) -> tuple[Owner, ...]:
+        """The coordinator and every expert."""
+        return (COORDINATOR, *(Expert(expert) for expert in range(self.config.num_experts)))
 
     def owner(self, name: str) -> Owner:
         """`COORDINATOR` or `Expert(e)`."""
@@ -180,11 +183,13 @@ def _check(stored: StoredTensor, source: Source) -> None:
 
 
 def _tied_copy(config: ModelConfig, tensors: dict[str, StoredTensor]) -> StoredTensor | None:
-    for source in tied_copies(config):
-        if source.stored in tensors:
-            _check(tensors[source.stored], source)
-            return tensors[source.stored]
-    return None
+    found = [source for source in tied_copies(config) if source.stored in tensors]
+    for source in found:
+        _check(tensors[source.stored], source)
+    if len(found) > 1:
+        second = tensors[found[1].stored]
+        raise CheckpointError(f"{second.path}: tensor {second.name!r} duplicates {found[0].stored!r}")
+    return tensors[found[0].stored] if found else None
 
 
 def _refuse_difference(embed: _Place, copy: StoredTensor) -> None:
@@ -228,9 +233,7 @@ def _read_interleaved(place: _Place, target: Tensor) -> None:
 def _weights_id(config_file: Path, headers: Iterable[SafetensorsHeader]) -> str:
     """A hash of the configuration and all headers: names, shapes, places; not of the weights' values."""
     digest = hashlib.sha256()
-    for name, content in [(config_file.name, config_file.read_bytes())] + [
-        (h.path.name, h.raw) for h in headers
-    ]:
+    for name, content in [(config_file.name, config_file.read_bytes())] + [(h.path.name, h.raw) for h in headers]:
         digest.update(f"{name} {len(content)} ".encode())
         digest.update(content)
     return digest.hexdigest()

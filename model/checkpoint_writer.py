@@ -115,9 +115,7 @@ class ShardedWriter:
         taken = [find_weights(self._dest), *self._dest.glob("model-*-of-*.safetensors")]
         for path in taken:
             if path is not None:
-                raise CheckpointError(
-                    f"{path}: already exists; a checkpoint is written to a place without one"
-                )
+                raise CheckpointError(f"{path}: already exists; a checkpoint is written to a place without one")
 
     def _publish(self) -> None:
         if self._shard is None:
@@ -130,9 +128,7 @@ class ShardedWriter:
             self._partial(number).rename(self._dest / name)
         os.fsync(self._dir_fd)
         weight_map = {name: names[number] for name, number in sorted(self._shard_of.items())}
-        self._write_whole(
-            index_name(), {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        )
+        self._write_whole(index_name(), {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
 
     def _write_whole(self, name: str, content: Mapping[str, object]) -> None:
         """Write a JSON file so that it exists whole or not at all."""
@@ -170,9 +166,7 @@ class _Shard:
     def append(self, name: str, tensor: Tensor) -> None:
         entry_bytes = self._entry_bytes(name, tensor)
         if self._header_bytes + entry_bytes > _DATA_START - 8:
-            raise CheckpointError(
-                f"{self._path}: tensor {name[:80]!r}: name or metadata are too long for a header"
-            )
+            raise CheckpointError(f"{self._path}: tensor {name[:80]!r}: name or metadata are too long for a header")
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         self._file.write(flat.numpy().data)
         self._entries[name] = self._entry(tensor)
@@ -205,7 +199,7 @@ def _encode(value: Mapping[str, object]) -> bytes:
 
 
 def _clear_wreck(dest: Path) -> None:
-    """Remove what an unfinished writer left: temporary files, and shards renamed with no index to list them."""
+    """Remove what an unfinished writer left: temporary files, and shards that no index lists."""
     journal = dest / _JOURNAL
     if journal.is_file():
         if not (dest / index_name()).is_file():

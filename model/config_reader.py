@@ -86,9 +86,7 @@ def _from_mistral(fields: Fields, generation: Fields | None) -> ModelConfig:
     fields.require("model_type", ("transformer",))
     fields.require("activation", ("silu",))
     vocab_size = fields.integer("vocab_size")
-    stated = [
-        fields.integer(name) for name in ("max_position_embeddings", "max_seq_len") if fields.states(name)
-    ]
+    stated = [fields.integer(name) for name in ("max_position_embeddings", "max_seq_len") if fields.states(name)]
     if not stated:
         raise fields.problem("max_seq_len", "is missing, and so is 'max_position_embeddings'; state one")
     rope_theta, rope_scaling = mistral_rope(fields)
@@ -126,9 +124,7 @@ def _architecture(fields: Fields) -> str:
         raise fields.problem("architectures", f"must be a list of one name, got {names!r}")
     architecture: str = names[0]
     if architecture not in _MODEL_TYPES:
-        raise fields.problem(
-            "architectures", f"{architecture!r} is unknown; known: {', '.join(_MODEL_TYPES)}"
-        )
+        raise fields.problem("architectures", f"{architecture!r} is unknown; known: {', '.join(_MODEL_TYPES)}")
     fields.require("model_type", (_MODEL_TYPES[architecture],))
     return architecture
 
@@ -137,15 +133,15 @@ def _refuse_unsupported(fields: Fields) -> None:
     """Refuse what would change the mathematics and is not computed here; absent or null changes nothing."""
     for name in ("quantization_config", "compression_config"):
         if fields.states(name):
-            raise fields.problem(
-                name, "is present; quantized checkpoints are not supported, only plain weights"
-            )
+            raise fields.problem(name, "is present; quantized checkpoints are not supported, only plain weights")
     for name in ("attention_bias", "mlp_bias"):
         if fields.boolean(name, absent=False):
             raise fields.problem(name, "is true; layers with biases are not supported")
     activation = fields.value("hidden_act")
     if activation not in ("silu", "swish"):
         raise fields.problem("hidden_act", f"{activation!r} is unknown; known: silu")
+    if fields.boolean("rope_interleaved", absent=False):
+        raise fields.problem("rope_interleaved", "is true; only the half-rotation order is supported")
     refuse_partial_rotary(fields)
 
 

@@ -8,6 +8,7 @@ the reader's memory. Which files make a checkpoint is `model.weight_files`' work
 """
 
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -102,13 +103,20 @@ def read_slices(path: Path, start: int, numel: int, dtype: torch.dtype, unit: in
     """
     if numel % unit:
         raise ValueError(f"{numel} elements cannot be cut into units of {unit}")
+    if not numel:
+        return
     step = max(1, SLICE_BYTES // dtype.itemsize // unit) * unit
-    staging = torch.empty(min(step, numel), dtype=dtype)
+    staging = _pages(min(step, numel), dtype)
     with _opened(path) as fd:
         for first in range(0, numel, step):
             part = staging[: min(step, numel - first)]
             _fill(path, fd, start + first * dtype.itemsize, part)
             yield part
+
+
+def _pages(numel: int, dtype: torch.dtype) -> Tensor:
+    """Memory of its own pages, given back whole; from the heap it would leave holes between kept tensors."""
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype)
 
 
 @contextmanager
@@ -130,9 +138,7 @@ def _fill(path: Path, fd: int, start: int, target: Tensor) -> None:
     while done < len(view):
         count = os.preadv(fd, [view[done : done + SLICE_BYTES]], start + done)
         if count == 0:
-            raise CheckpointError(
-                f"{path}: ends at byte {start + done}, it was truncated after it was opened"
-            )
+            raise CheckpointError(f"{path}: ends at byte {start + done}, it was truncated after it was opened")
         done += count
 
 
@@ -171,13 +177,9 @@ def _entry(path: Path, name: str, entry: object, data_start: int, file_bytes: in
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         given = offsets[1] - offsets[0]
-        raise CheckpointError(
-            f"{where}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives {given}"
-        )
+        raise CheckpointError(f"{where}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives {given}")
     if data_start + offsets[1] > file_bytes:
-        raise CheckpointError(
-            f"{where}: truncated: ends at byte {data_start + offsets[1]} of a file of {file_bytes}"
-        )
+        raise CheckpointError(f"{where}: truncated: ends at byte {data_start + offsets[1]} of a file of {file_bytes}")
     return StoredTensor(name, path, dtype, shape, data_start + offsets[0], nbytes)
 
 

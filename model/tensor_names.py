@@ -58,9 +58,7 @@ class TensorSpec:
 
 
 _IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-_LONE_ROUTER = re.compile(
-    r"(model\.layers\.\d+\.(block_sparse_moe|mlp)|layers\.\d+\.feed_forward)\.gate\.weight"
-)
+_LONE_ROUTER = re.compile(r"(model\.layers\.\d+\.(block_sparse_moe|mlp)|layers\.\d+\.feed_forward)\.gate\.weight")
 
 
 def is_ignored(stored: str, config: ModelConfig) -> bool:
@@ -76,9 +74,7 @@ def is_ignored(stored: str, config: ModelConfig) -> bool:
 
 def tied_copies(config: ModelConfig) -> tuple[Source, ...]:
     """Where a checkpoint with tied embeddings may keep a needless copy of them as the language-model head."""
-    return (
-        _whole(_vocabulary_shape(config), "lm_head.weight", "output.weight") if config.tied_embeddings else ()
-    )
+    return _whole(_vocabulary_shape(config), "lm_head.weight", "output.weight") if config.tied_embeddings else ()
 
 
 def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:

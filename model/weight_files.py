@@ -56,9 +56,7 @@ def open_weights(model_dir: Path) -> WeightFiles:
     start = find_weights(model_dir)
     if start is None:
         looked_for = [name for stem in _STEMS for name in (f"{stem}.safetensors", index_name(stem))]
-        raise CheckpointError(
-            f"{model_dir} holds no safetensors weights (looked for {', '.join(looked_for)})"
-        )
+        raise CheckpointError(f"{model_dir} holds no safetensors weights (looked for {', '.join(looked_for)})")
     if start.name.endswith(".index.json"):
         return _open_sharded(start)
     header = read_header(start)
@@ -84,9 +82,7 @@ def _open_sharded(index: Path) -> WeightFiles:
             tensors[name] = tensor
     for name, shard in placed.items():
         if name not in tensors:
-            raise CheckpointError(
-                f"{index.parent / shard}: tensor {name!r} is missing, {index.name} lists it"
-            )
+            raise CheckpointError(f"{index.parent / shard}: tensor {name!r} is missing, {index.name} lists it")
     return WeightFiles(headers, tensors)
 
 
@@ -105,9 +101,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard
         plain = plain and len(shard.encode()) <= _MAX_NAME_BYTES
         if not plain or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index}: tensor {name!r}: {shard!r} is not the name of a safetensors file"
-            )
+            raise CheckpointError(f"{index}: tensor {name!r}: {shard!r} is not the name of a safetensors file")
     return placed
 
 
