@@ -1,0 +1,89 @@
+"""Sending tokens to experts and putting the answers back: dispatch, the frozen plan, combine.
+
+The plan travels with the rows and is all that is needed to undo the sort. Who computes the rows, and where,
+is left to `model.experts` and to the remote twin of it.
+
+Tensor suffixes: T tokens, D model dim, E experts, K top-k, N = T*K routed rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchPlan:
+    """Rows for the experts, sorted by expert and then by token, and how to undo that.
+
+    `counts[e]` rows belong to expert e. Token t's answers are the rows `slots_TK[t]`, in ascending expert
+    id, to be weighted by `weights_TK[t]`. With one expert (a dense model) x_ND is x_TD itself, in token
+    order.
+    """
+
+    x_ND: Tensor
+    counts: tuple[int, ...]
+    slots_TK: Tensor
+    weights_TK: Tensor
+
+    def rows(self, expert: int) -> slice:
+        """The rows of x_ND that belong to `expert`."""
+        if not 0 <= expert < len(self.counts):
+            raise IndexError(f"expert {expert} is not one of the plan's {len(self.counts)}")
+        start = sum(self.counts[:expert])
+        return slice(start, start + self.counts[expert])
+
+
+@torch.no_grad()
+def dispatch(x_TD: Tensor, logits_TE: Tensor, top_k: int) -> DispatchPlan:
+    """Choose each token's `top_k` experts and sort the rows by expert.
+
+    The weights are the softmax, in fp32, of the chosen logits only, and so sum to 1 (arXiv 2401.04088,
+    section 2.1; transformers' Mixtral normalises the same way). With `top_k` 1 the weight is therefore
+    exactly 1.0; the Switch Transformer (arXiv 2101.03961, eq. 2) would scale by the router's probability
+    instead. Equal logits prefer the lower expert id.
+    """
+    num_experts = logits_TE.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and the number of experts ({num_experts}), got {top_k}")
+    if num_experts == 1:
+        return _dense(x_TD)
+    ranked_TE = torch.sort(logits_TE.to(torch.float32), dim=-1, descending=True, stable=True).indices
+    experts_TK = np.sort(ranked_TE[:, :top_k].cpu().numpy(), axis=1)
+    order_N = np.argsort(experts_TK, axis=None, kind="stable")
+    slots_N = np.empty_like(order_N)
+    slots_N[order_N] = np.arange(order_N.size)
+    device = x_TD.device
+    chosen_TK = logits_TE.to(torch.float32).gather(1, torch.from_numpy(experts_TK).to(device))
+    return DispatchPlan(
+        x_ND=x_TD.index_select(0, torch.from_numpy(order_N // top_k).to(device)),
+        counts=tuple(np.bincount(experts_TK.ravel(), minlength=num_experts).tolist()),
+        slots_TK=torch.from_numpy(slots_N.reshape(experts_TK.shape)).to(device),
+        weights_TK=torch.softmax(chosen_TK, dim=-1),
+    )
+
+
+def _dense(x_TD: Tensor) -> DispatchPlan:
+    tokens = len(x_TD)
+    slots_TK = torch.arange(tokens, device=x_TD.device).unsqueeze(1)
+    weights_TK = torch.ones(tokens, 1, device=x_TD.device)
+    return DispatchPlan(x_TD, (tokens,), slots_TK, weights_TK)
+
+
+@torch.no_grad()
+def combine(out_ND: Tensor, plan: DispatchPlan) -> Tensor:
+    """y_TD: each token's weighted sum over its experts, in fp32 and in ascending expert id.
+
+    The order is fixed because (a + b) + c and (a + c) + b differ in their last bits.
+    """
+    if out_ND.shape != plan.x_ND.shape:
+        raise ValueError(f"experts answered with shape {tuple(out_ND.shape)}, expected {tuple(plan.x_ND.shape)}")
+    out_ND = out_ND.to(torch.float32)
+    if len(plan.counts) == 1:
+        return out_ND
+    top_k = plan.slots_TK.shape[1]
+    y_TD = out_ND.index_select(0, plan.slots_TK[:, 0]).mul_(plan.weights_TK[:, :1])
+    for k in range(1, top_k):
+        y_TD.add_(out_ND.index_select(0, plan.slots_TK[:, k]).mul_(plan.weights_TK[:, k : k + 1]))
+    return y_TD

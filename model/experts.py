@@ -1,0 +1,164 @@
+"""One expert's feed-forward networks, and the experts of a model that runs alone.
+
+`ExpertColumn` is what an expert actor holds; `LocalExperts` is the in-process twin of the remote experts.
+Choosing which rows go to which expert is `model.dispatch`'s work.
+
+Tensor suffixes: M rows of one call, D model dim, F ffn dim, N routed rows.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.dispatch import DispatchPlan
+from model.kernels import Kernel, PackedLinear, get_kernel, numerics_domain, self_test
+from model.numerics import RowClass, calibrate_rows, map_rows, row_candidates
+from model.weight_source import WeightSource
+
+OnTensor = Callable[[str, int], None]
+Calibrations = MutableMapping[Hashable, RowClass]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertFFN:
+    """SwiGLU (arXiv 2002.05202): y = w2(silu(w1 x) * (w3 x))."""
+
+    w1: PackedLinear
+    w2: PackedLinear
+    w3: PackedLinear
+
+    @property
+    def kernels(self) -> tuple[str, str, str]:
+        """The kernel of each matrix after per-tensor fall-back."""
+        return self.w1.kernel, self.w2.kernel, self.w3.kernel
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.w1.weight_bytes + self.w2.weight_bytes + self.w3.weight_bytes
+
+    @property
+    def flops_per_row(self) -> int:
+        return 6 * self.w1.in_features * self.w1.out_features
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        """y_MD, for a row count of the calibrated class only.
+
+        silu is spelled x / (1 + exp(-x)): torch's own rounds the last elements of a buffer by another
+        formula.
+        """
+        gate_MF = self.w1(x_MD)
+        gate_MF.div_(gate_MF.neg().exp_().add_(1.0)).mul_(self.w3(x_MD))
+        return self.w2(gate_MF)
+
+
+class ExpertColumn:
+    """One logical expert's FFNs for a range of layers. A row's result does not depend on its neighbours."""
+
+    def __init__(
+        self, expert: int, ffns: Mapping[int, ExpertFFN], device: torch.device, calibrated: Calibrations
+    ) -> None:
+        if not ffns:
+            raise ValueError(f"expert {expert} was given no layers")
+        self.expert = expert
+        self.device = device
+        self._ffns = dict(ffns)
+        self._row_classes = {layer: _ffn_row_class(ffn, device, calibrated) for layer, ffn in ffns.items()}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: WeightSource,
+        expert: int,
+        layers: range,
+        kernel: str,
+        device: torch.device | str,
+        on_tensor: OnTensor | None = None,
+        calibrated: Calibrations | None = None,
+    ) -> "ExpertColumn":
+        """Read and pack one tensor at a time, so that memory peaks at the packed weights and one fp32 tensor.
+
+        `on_tensor(name, packed bytes)` is called after each. `calibrated` lets columns of one process share
+        row classes. Raises KernelError when `kernel` is not usable here, CheckpointError when a tensor is
+        not.
+        """
+        device = torch.device(device)
+        chosen = get_kernel(kernel, device)
+        self_test(kernel, device)
+        ffns = {layer: _load_ffn(checkpoint, layer, expert, chosen, device, on_tensor) for layer in layers}
+        return cls(expert, ffns, device, {} if calibrated is None else calibrated)
+
+    def forward(self, layer: int, x_MD: Tensor) -> Tensor:
+        """y_MD (fp32) of this expert in `layer`; KeyError for a layer that the column does not hold."""
+        ffn = self._ffns[layer]
+        with torch.no_grad():
+            return map_rows(ffn, x_MD.to(self.device, torch.float32), self._row_classes[layer])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers held, ascending."""
+        return tuple(sorted(self._ffns))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights."""
+        return sum(ffn.weight_bytes for ffn in self._ffns.values())
+
+    @property
+    def kernel(self) -> str:
+        """The kernels in use, joined by `+` where some tensors fell back to another."""
+        return "+".join(sorted({name for ffn in self._ffns.values() for name in ffn.kernels}))
+
+    @property
+    def numerics_domain(self) -> str:
+        """Replicas of this expert with the same domain give the same bits."""
+        classes = "/".join(sorted({str(row_class) for row_class in self._row_classes.values()}))
+        return numerics_domain(self.device, {"kernel": self.kernel, "ffn_rows": classes})
+
+
+class LocalExperts:
+    """All experts of a model in this process: what `run` of the remote experts computes elsewhere."""
+
+    def __init__(self, columns: Sequence[ExpertColumn]) -> None:
+        self._columns = {column.expert: column for column in columns}
+        if len(self._columns) != len(columns):
+            raise ValueError("two columns hold the same expert")
+
+    def run(self, layer: int, plan: DispatchPlan) -> Tensor:
+        """out_ND: the rows of `plan`, each through its expert in `layer`."""
+        if len(plan.counts) == 1:
+            return self._columns[0].forward(layer, plan.x_ND)
+        out_ND = torch.empty_like(plan.x_ND)
+        for expert, count in enumerate(plan.counts):
+            if count:
+                rows = plan.rows(expert)
+                out_ND[rows] = self._columns[expert].forward(layer, plan.x_ND[rows])
+        return out_ND
+
+
+def _load_ffn(
+    checkpoint: WeightSource,
+    layer: int,
+    expert: int,
+    kernel: Kernel,
+    device: torch.device,
+    on_tensor: OnTensor | None,
+) -> ExpertFFN:
+    def packed(part: str) -> PackedLinear:
+        name = f"layers.{layer}.experts.{expert}.{part}"
+        weight = kernel.pack(checkpoint.read(name, torch.float32, device))
+        if on_tensor is not None:
+            on_tensor(name, weight.weight_bytes)
+        return weight
+
+    return ExpertFFN(w1=packed("w1"), w2=packed("w2"), w3=packed("w3"))
+
+
+def _ffn_row_class(ffn: ExpertFFN, device: torch.device, calibrated: Calibrations) -> RowClass:
+    """Calibrated over the whole FFN, once per shape and kernel."""
+    width = ffn.w1.in_features
+    key = ("ffn", width, ffn.w1.out_features, ffn.kernels)
+    if key not in calibrated:
+        calibrated[key] = calibrate_rows(ffn, width, row_candidates(ffn.flops_per_row), device=device)
+    return calibrated[key]

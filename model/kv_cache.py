@@ -1,0 +1,77 @@
+"""Paged storage for keys and values: fixed blocks, shared by all sequences.
+
+Which block belongs to whom is decided elsewhere (the block allocator); reading is `model.attention`'s work.
+
+Tensor suffixes: T tokens, G kv heads, d head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block of `block_size` positions over all layers, keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+
+
+def default_kv_dtype(device: torch.device | str) -> torch.dtype:
+    """fp32 on CPU (exact, and no conversion on the way), bf16 on CUDA."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+class KVCache:
+    """Keys and values of all layers, `num_blocks` blocks of `block_size` positions.
+
+    A slot is `block_id * block_size + offset`. Memory is not cleared: readers mask what was never written, so
+    the operating system gives pages only as blocks come into use.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"need at least one block and one position, got {num_blocks} x {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self._num_kv_heads = config.num_kv_heads
+        shape = (2 * config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for all layers."""
+        return sum(layer.nbytes for layer in self._layers)
+
+    def kv(self, layer: int) -> Tensor:
+        """A layer's keys and values (2G, num_blocks, block_size, head_dim), so that one gather reads both."""
+        return self._layers[layer]
+
+    def k(self, layer: int) -> Tensor:
+        """Keys of a layer, shaped (G, num_blocks, block_size, head_dim)."""
+        return self._layers[layer][: self._num_kv_heads]
+
+    def v(self, layer: int) -> Tensor:
+        """Values of a layer, shaped (G, num_blocks, block_size, head_dim)."""
+        return self._layers[layer][self._num_kv_heads :]
+
+    def write(self, layer: int, slots_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
+        """Store one position per token."""
+        self.write_kv(layer, slots_T, torch.cat((k_TGd, v_TGd), dim=1))
+
+    def write_kv(self, layer: int, slots_T: Tensor, kv_TGd: Tensor) -> None:
+        """Store one position per token; keys and values are stacked along the head axis (2G)."""
+        store = self._layers[layer]
+        flat = store.view(store.shape[0], -1, store.shape[-1])
+        flat.index_copy_(1, slots_T, kv_TGd.transpose(0, 1).to(self.dtype))
