@@ -38,9 +38,7 @@ def _plain_message(message: Mapping[str, object], where: str, joiner: str) -> di
         raise ChatTemplateError(f"{where}: must be an object, got {type(message).__name__}")
     if not isinstance(message.get("role"), str):
         raise ChatTemplateError(f"{where}.role: must be a string")
-    plain = {
-        str(key): plain_value(value, f"{where}.{key}") for key, value in message.items() if value is not None
-    }
+    plain = {str(key): plain_value(value, f"{where}.{key}") for key, value in message.items() if value is not None}
     if "content" in plain:
         plain["content"] = _text(plain["content"], f"{where}.content", joiner)
     return plain

@@ -38,7 +38,7 @@ class ChatTemplate:
     @classmethod
     def load(
         cls,
-        model_dir: Path,
+        model_dir: Path | str,
         tokenizer: Tokenizer,
         *,
         now: Callable[[], datetime] = datetime.now,
@@ -48,7 +48,7 @@ class ChatTemplate:
 
         `now` is what templates see as today; `max_chars` bounds a rendered chat.
         """
-        sources = _read_sources(model_dir)
+        sources = _read_sources(Path(model_dir))
         return cls({name: JinjaTemplate(text, now, max_chars) for name, text in sources.items()}, tokenizer)
 
     @property
@@ -98,9 +98,7 @@ class ChatTemplate:
         if "default" in self._templates:
             return self._templates["default"]
         if self._templates:
-            raise ChatTemplateError(
-                f"none of the chat templates {sorted(self._templates)} is named 'default'"
-            )
+            raise ChatTemplateError(f"none of the chat templates {sorted(self._templates)} is named 'default'")
         raise ChatTemplateError("this checkpoint has no chat template; use plain completions")
 
     def _inputs(
@@ -139,9 +137,7 @@ def _read_sources(model_dir: Path) -> dict[str, str]:
     if isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
         return {_string(item, "name"): _string(item, "template") for item in entry}
     if entry is not None:
-        raise ChatTemplateError(
-            "tokenizer_config.json: chat_template must be a string or a list of templates"
-        )
+        raise ChatTemplateError("tokenizer_config.json: chat_template must be a string or a list of templates")
     return {}
 
 

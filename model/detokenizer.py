@@ -24,9 +24,7 @@ class IncrementalDetokenizer:
     ' a time'
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         at_start = all(self._is_hidden(token_id) for token_id in prompt_ids)

@@ -30,16 +30,12 @@ class HFTokenizer(PieceTable):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         _add_missing(self._tokenizer, special)
-        self._added = {
-            i: (t.content, t.special) for i, t in self._tokenizer.get_added_tokens_decoder().items()
-        }
+        self._added = {i: (t.content, t.special) for i, t in self._tokenizer.get_added_tokens_decoder().items()}
         self._byte_level = _is_byte_level(self._tokenizer)
         self._strips = not self._byte_level and _strips_space(self._tokenizer)
         self._letters = _letter_bytes()
         rule = DecodeRule(per_byte=not self._byte_level, specials_break=False)
-        super().__init__(
-            rule, max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        )
+        super().__init__(rule, max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
         self._named = dict(special.named)
         own = self._tokenizer.token_to_id(self._named.get("eos_token", ""))
         self._eos_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *special.eos_ids]))

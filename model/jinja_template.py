@@ -40,9 +40,7 @@ class JinjaTemplate:
 
     def __init__(self, source: str, now: Callable[[], datetime], max_chars: int) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
-            raise ChatTemplateError(
-                f"the chat template has {len(source)} characters, more than {MAX_TEMPLATE_CHARS}"
-            )
+            raise ChatTemplateError(f"the chat template has {len(source)} characters, more than {MAX_TEMPLATE_CHARS}")
         self._max_chars = max_chars
         environment = _environment(now, max_chars)
         try:
@@ -87,10 +85,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(right) > MAX_EXPONENT or abs(left) > 2**64):
             raise SecurityError(f"{left}**{right} is too large a power")
-        if (
-            operator == "*"
-            and max(_length(left) * _size(right), _length(right) * _size(left)) > self.max_chars
-        ):
+        if operator == "*" and max(_length(left) * _size(right), _length(right) * _size(left)) > self.max_chars:
             raise SecurityError(f"a repetition is longer than {self.max_chars}")
         return super().call_binop(context, operator, left, right)
 
@@ -157,9 +152,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML characters, which a model must not see."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _check_name(name: object) -> None:

@@ -62,9 +62,7 @@ class SamplerState:
     sequence must keep it.
     """
 
-    def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int], output_ids: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], output_ids: Iterable[int] = ()) -> None:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.num_output = 0

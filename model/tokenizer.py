@@ -63,11 +63,12 @@ class Tokenizer(Protocol):
     def is_special(self, token_id: int) -> bool: ...
 
 
-def load_tokenizer(model_dir: Path) -> Tokenizer:
+def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     """The tokenizer of the checkpoint in `model_dir`: tokenizer.json, else tokenizer.model.
 
     Raises TokenizerError when there is neither, or what is there cannot be used.
     """
+    model_dir = Path(model_dir)
     special = read_special_tokens(model_dir)
     if (path := model_dir / "tokenizer.json").is_file():
         return HFTokenizer(path, special)

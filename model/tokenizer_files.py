@@ -96,9 +96,7 @@ def _added_tokens(config: dict[str, Any], older: dict[str, Any]) -> dict[int, Ad
     """added_tokens.json gives text -> id, tokenizer_config.json's added_tokens_decoder id -> details."""
     added: dict[int, AddedTokenEntry] = {}
     for content, token_id in older.items():
-        added[_token_id(token_id, f"added_tokens.json: {content!r}")] = AddedTokenEntry(
-            content=content, special=False
-        )
+        added[_token_id(token_id, f"added_tokens.json: {content!r}")] = AddedTokenEntry(content=content, special=False)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise TokenizerError("tokenizer_config.json: added_tokens_decoder must be an object")

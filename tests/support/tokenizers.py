@@ -25,9 +25,7 @@ CHATML_TEMPLATE = (
 )
 
 
-def write_byte_tokenizer(
-    dest: Path, vocab_size: int = 300, *, chat_template: str | None = CHATML_TEMPLATE
-) -> None:
+def write_byte_tokenizer(dest: Path, vocab_size: int = 300, *, chat_template: str | None = CHATML_TEMPLATE) -> None:
     """Write tokenizer.json and tokenizer_config.json into `dest` (made when missing).
 
     Ids: 0 `<unk>`, 1 `<s>`, 2 `</s>`, 3 `<|im_start|>`, 4 `<|im_end|>`, 5..260 the bytes 0..255, then merges
