@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -113,8 +112,8 @@ class ClusterConfig:
     namespace: str = "octavo"
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-    """Read by pydantic's TypeAdapter: a misspelt key is refused, not ignored. Its errors show the input, the token
-    too; `from_args` does not.
+    """Read by pydantic's TypeAdapter: a misspelt key is refused, not ignored. Whoever shows its errors must leave the
+    input out of them: the token is in it.
     """
 
     def __post_init__(self) -> None:
@@ -151,23 +150,6 @@ class ClusterConfig:
     def context_limit(self, max_context: int) -> int:
         """Tokens that one sequence may have, prompt and output together."""
         return max_context if self.max_model_len is None else min(self.max_model_len, max_context)
-
-
-def from_args(args: Mapping[str, Any]) -> ClusterConfig:
-    """The configuration that a Serve config's `args:` describe.
-
-    Raises ConfigError naming a key that is unknown or missing, or a value that is out of its limits; never shows the
-    token.
-    """
-    names = [entry.name for entry in fields(ClusterConfig)]
-    for key in args:
-        if key not in names:
-            near = get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{key!r} is not a field of the configuration{hint}")
-    if "model" not in args:
-        raise ConfigError("model is missing")
-    return ClusterConfig(**args)
 
 
 def from_environment(base: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig:

@@ -4,8 +4,10 @@ What is placed stays where it is. Newcomers are spread: first away from other co
 to where most is left. Coordinators go where there are fewest experts. Starting anything is not done here.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from cluster.desired import DesiredReplica
 from cluster.ids import CoordinatorId, ExpertId, NodeId, ReplicaId
@@ -47,13 +49,18 @@ class _Room:
     num_replicas: int = 0
     copies: dict[ExpertId, int] = field(default_factory=dict)
 
-    def take(self, replica: DesiredReplica) -> None:
-        self.gpu += replica.gpu
-        self.cpu += replica.cpu
-        self.memory_bytes += replica.memory_bytes
-        self.num_replicas += 1
+    def take(self, replica: DesiredReplica, sign: int = 1) -> None:
+        """Add a replica, or with sign -1 take it out again."""
+        self.gpu += sign * replica.gpu
+        self.cpu += sign * replica.cpu
+        self.memory_bytes += sign * replica.memory_bytes
+        self.num_replicas += sign
         for expert in replica.expert_ids:
-            self.copies[expert] = self.copies.get(expert, 0) + 1
+            self.copies[expert] = self.copies.get(expert, 0) + sign
+
+    def shared(self, replica: DesiredReplica) -> int:
+        """Copies here of the experts that `replica` holds."""
+        return sum(self.copies.get(expert, 0) for expert in replica.expert_ids)
 
     def lacks(self, replica: DesiredReplica) -> str | None:
         """What is too little for `replica` here, or None when it fits."""
@@ -66,13 +73,12 @@ class _Room:
 
     def cost(self, replica: DesiredReplica) -> tuple[int, float, int, str]:
         """Order of preference: copies of the same experts, share of the scarcest resource, replicas, id."""
-        shared = sum(self.copies.get(expert, 0) for expert in replica.expert_ids)
         shares = [
             (getattr(self, name) + getattr(replica, name)) / getattr(self.slots, name)
             for name in ("gpu", "cpu", "memory_bytes")
             if getattr(replica, name)
         ]
-        return shared, max(shares, default=0.0), self.num_replicas, self.slots.node_id
+        return self.shared(replica), max(shares, default=0.0), self.num_replicas, self.slots.node_id
 
 
 def place(
@@ -85,16 +91,17 @@ def place(
     PlacementError.
     """
     rooms = {slots.node_id: _Room(slots) for slots in nodes}
-    wanted = sorted(replicas_wanted, key=lambda r: (-r.memory_bytes, -r.gpu, r.replica_id))
+    wanted = _by_difficulty(replicas_wanted)
     placed: dict[ReplicaId, NodeId] = {}
     for replica in wanted:
         node_id = current.get(replica.replica_id)
         if node_id is not None and node_id in rooms:
             rooms[node_id].take(replica)
             placed[replica.replica_id] = node_id
+    stayed = set(placed)
     unplaced: dict[ReplicaId, str] = {}
     for replica in wanted:
-        if replica.replica_id in placed:
+        if replica.replica_id in stayed:
             continue
         able = [room for room in rooms.values() if room.lacks(replica) is None]
         if not able:
@@ -103,6 +110,7 @@ def place(
         room = min(able, key=lambda candidate: candidate.cost(replica))
         room.take(replica)
         placed[replica.replica_id] = room.slots.node_id
+    _separate([r for r in wanted if r.replica_id in placed and r.replica_id not in stayed], rooms, placed)
     if unplaced:
         raise PlacementError(unplaced, placed)
     return placed
@@ -136,6 +144,34 @@ def place_coordinators(
             held = list(placed.values())
             placed[coordinator_id] = min(slots, key=lambda n: (held.count(n), num_experts[n], -slots[n].cpu, n))
     return placed
+
+
+def _by_difficulty(replicas: Iterable[DesiredReplica]) -> list[DesiredReplica]:
+    """The largest first; of equal size, the first copies of all experts before anybody's second."""
+    copies: Counter[tuple[ExpertId, ...]] = Counter()
+    keyed: list[tuple[tuple[int, float, int, str], DesiredReplica]] = []
+    for replica in sorted(replicas, key=lambda r: r.replica_id):
+        keyed.append(((-replica.memory_bytes, -replica.gpu, copies[replica.expert_ids], replica.replica_id), replica))
+        copies[replica.expert_ids] += 1
+    return [replica for _, replica in sorted(keyed, key=lambda pair: pair[0])]
+
+
+def _separate(
+    newcomers: Sequence[DesiredReplica], rooms: Mapping[NodeId, _Room], placed: dict[ReplicaId, NodeId]
+) -> None:
+    """Swap newcomers of equal size between nodes while that parts copies of one expert; each swap parts more."""
+    for one, other in product(newcomers, newcomers):
+        home, away = rooms[placed[one.replica_id]], rooms[placed[other.replica_id]]
+        sizes = [(r.gpu, r.cpu, r.memory_bytes) for r in (one, other)]
+        if home is away or sizes[0] != sizes[1] or home.shared(one) == len(one.expert_ids):
+            continue
+        home.take(one, -1)
+        away.take(other, -1)
+        if away.shared(one) + home.shared(other) < home.shared(one) + away.shared(other):
+            home, away = away, home
+            placed[one.replica_id], placed[other.replica_id] = home.slots.node_id, away.slots.node_id
+        home.take(one)
+        away.take(other)
 
 
 def _why_not(replica: DesiredReplica, rooms: Iterable[_Room]) -> str:

@@ -173,8 +173,6 @@ class StepPlanner:
 
     def _admit(self) -> None:
         """Admit by arrival; nobody overtakes a head that does not fit, so it cannot starve."""
-        if self.preempted:
-            return
         while self.budget and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting.head()
             if sequence is None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.config import ClusterConfig, ConfigError, from_args, from_environment
+from cluster.config import ClusterConfig, ConfigError, from_environment
 
 TOKEN = "0123456789abcdef"
 ARGS: TypeAdapter[ClusterConfig] = TypeAdapter(ClusterConfig)
@@ -134,7 +134,6 @@ def test_it_is_frozen_and_travels_between_processes() -> None:
 def test_the_arguments_of_a_serve_config_are_the_same_thing() -> None:
     config = ARGS.validate_python({"model": "/m", "replicas": 2, "kv_cache_bytes": None, "drain_timeout_s": 5})
     assert config == ClusterConfig(model="/m", replicas=2, drain_timeout_s=5.0)
-    assert from_args({"model": "/m", "replicas": 2, "drain_timeout_s": 5}) == config
 
 
 @pytest.mark.parametrize(
@@ -147,18 +146,9 @@ def test_the_arguments_of_a_serve_config_are_the_same_thing() -> None:
     ],
 )
 def test_a_serve_config_is_checked_as_strictly(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        ARGS.validate_python(args)
-    with pytest.raises(ConfigError, match=message) as caught:
-        from_args({**args, "auth_token": TOKEN})
-    assert TOKEN not in str(caught.value)
-
-
-def test_a_misspelt_key_gets_a_hint() -> None:
-    with pytest.raises(ConfigError, match="'replicsa' is not a field of the configuration; did you mean replicas"):
-        from_args({"model": "/m", "replicsa": 2})
-    with pytest.raises(ConfigError, match=r"'xyz' is not a field of the configuration$"):
-        from_args({"model": "/m", "xyz": 2})
+    with pytest.raises(ValidationError, match=message) as caught:
+        ARGS.validate_python({**args, "auth_token": TOKEN})
+    assert TOKEN not in str([error["msg"] for error in caught.value.errors()])
 
 
 def test_the_model_has_a_say() -> None:

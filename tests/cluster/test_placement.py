@@ -56,6 +56,13 @@ def test_copies_go_to_different_nodes() -> None:
     assert Counter(placement.values()) == {"n0": 8, "n1": 8}
 
 
+def test_copies_are_apart_in_a_cluster_that_is_full() -> None:
+    wanted = replicas(3, 2, memory=50)
+    placement = place(wanted, [node("n0"), node("n1"), node("n2")], {})
+    assert shared(placement, wanted) == 0
+    assert Counter(placement.values()) == {"n0": 2, "n1": 2, "n2": 2}
+
+
 def test_copies_share_a_node_rather_than_not_being_placed() -> None:
     wanted = replicas(4, 2)
     placement = place(wanted, [node("n0", memory=80), node("n1", memory=10)], {})
