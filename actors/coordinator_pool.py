@@ -67,15 +67,16 @@ class CoordinatorPool:
         self._refreshing = asyncio.Lock()
 
     @property
-    def is_connected(self) -> bool:
-        """True while some coordinator's stream is up."""
-        return any(one.connected for one in self._coordinators)
+    def all_connected(self) -> bool:
+        """True while every coordinator's stream is up."""
+        return all(one.connected for one in self._coordinators)
 
-    async def replace(self, coordinators: Sequence[Coordinator]) -> None:
-        """Uses these from now on; the streams to the former ones are ended."""
-        former, self._coordinators = self._coordinators, tuple(coordinators)
+    async def follow(self, addresses: Sequence[str], open_one: Callable[[str], Coordinator]) -> None:
+        """Uses the coordinators at these addresses from now on; streams to others are ended, to the same kept."""
+        former = {one.address: one for one in self._coordinators}
+        self._coordinators = tuple(former.get(address) or open_one(address) for address in addresses)
         self._taken_at = None
-        await asyncio.gather(*(one.close() for one in former))
+        await asyncio.gather(*(one.close() for address, one in former.items() if address not in addresses))
         await self.connect()
 
     async def connect(self) -> None:

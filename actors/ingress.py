@@ -28,6 +28,8 @@ LOG = logging.getLogger(__name__)
 # Requests beyond those that generate: health, metrics, and refusals on their way out.
 _SPARE_REQUESTS = 256
 _MAX_CONSTRUCTOR_RETRIES = 3
+_HEALTH_PERIOD_S = 2.0
+_REFRESH_TIMEOUT_S = 10.0
 
 
 def build_app(args: dict[str, Any] | ClusterConfig) -> serve.Application:
@@ -43,6 +45,7 @@ def build_app(args: dict[str, Any] | ClusterConfig) -> serve.Application:
         max_ongoing_requests=limits_of(config).max_requests + _SPARE_REQUESTS,
         max_queued_requests=_SPARE_REQUESTS,
         max_constructor_retry_count=_MAX_CONSTRUCTOR_RETRIES,
+        health_check_period_s=_HEALTH_PERIOD_S,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": 0},
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=OVERLOADED_RETRY_AFTER_S),
@@ -102,9 +105,13 @@ class Ingress:
         return create_app(self._front)
 
     async def check_health(self) -> None:
-        """Serve's periodic question. With no coordinator left it asks where they are now; raises when
-        nowhere.
-        """
-        if self._front is not None and not self._front.coordinators.is_connected:
-            LOG.warning("no coordinator is connected: asking the supervisor where they are")
-            await self._front.coordinators.replace(_clients(await ensure_cluster(self._config)))
+        """Serve's periodic question. A coordinator that is away may have been replaced: asks where they are now."""
+        if self._front is None or self._front.coordinators.all_connected:
+            return
+        try:
+            endpoints = await asyncio.wait_for(ensure_cluster(self._config), _REFRESH_TIMEOUT_S)
+        except TimeoutError:
+            LOG.warning("a coordinator is away and the cluster is not ready")
+            return
+        clients = {client.address: client for client in _clients(endpoints)}
+        await self._front.coordinators.follow(endpoints.coordinators, clients.__getitem__)

@@ -61,16 +61,35 @@ def test_connecting_needs_one_coordinator() -> None:
     async def work() -> None:
         pool = CoordinatorPool([first, second])
         await pool.connect()
-        seen = [pool.is_connected]
+        assert not pool.all_connected
         second.connected = False
-        assert [*seen, pool.is_connected] == [True, False]
         with pytest.raises(CoordinatorLost):
             await pool.connect()
-        await pool.replace([ScriptedCoordinator(saying([9]))])
+
+    run(work())
+
+
+def test_following_keeps_streams_that_go_on_and_ends_the_others() -> None:
+    first, second = two()
+    opened: list[str] = []
+
+    def open_one(address: str) -> ScriptedCoordinator:
+        opened.append(address)
+        return ScriptedCoordinator(saying([9]), address=address)
+
+    async def work() -> None:
+        pool = CoordinatorPool([first, second])
+        await pool.snapshots()
+        await pool.follow(["b:1", "c:1"], open_one)
+        assert pool.all_connected
+        assert set(await pool.snapshots()) == {"b:1", "c:1"}
+        second.inflight_tokens = 10
         (output,) = await outputs(pool, Submit(max_tokens=1))
         assert list(output.token_ids) == [9]
 
     run(work())
+    assert opened == ["c:1"]
+    assert (first.connected, second.connected) == (False, True)
 
 
 def test_snapshots_are_kept_for_a_second() -> None:
