@@ -11,7 +11,7 @@ from model.config import ModelConfig
 
 
 class WeightSource(Protocol):
-    """A model's configuration and its tensors by canonical name (`layers.0.wq`, `layers.0.experts.0.w1`, …)."""
+    """A model's configuration and its tensors by canonical name (`layers.0.wq`, `layers.0.experts.0.w1`)."""
 
     @property
     def config(self) -> ModelConfig:
@@ -23,6 +23,12 @@ class WeightSource(Protocol):
         """The dtype of the linear weights, unless `read` is asked for another."""
         ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor that `read` returns."""
+        ...
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
         """Read one tensor; wq and wk come in Hugging Face (half-rotation) row order."""
         ...
