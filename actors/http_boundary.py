@@ -4,6 +4,7 @@ Routes and their errors are `actors.http_app`'s work; what reaches this file as 
 client that left or a defect, which is logged and answered with 500.
 """
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -42,6 +43,9 @@ class Boundary:
                 await self._app(scope, receive, answer)
         except (ClientGone, ClientDisconnect):
             self._front.metrics.disconnects.inc()
+        except asyncio.CancelledError:  # Ray Serve's word for the same
+            self._front.metrics.disconnects.inc()
+            raise
         except Exception:
             LOG.exception("unexpected error at %s", path if path in self._endpoints else OTHER)
             self._front.metrics.unexpected.inc()

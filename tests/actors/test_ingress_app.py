@@ -581,7 +581,10 @@ def test_more_requests_than_the_door_bears_are_refused_at_once(model_dir: Path) 
     response = run(work())
     assert (response.status_code, error_of(response)["type"]) == (429, "rate_limit_error")
     assert response.headers["retry-after"] == "1"
-    assert len(coordinator.submits) == 1
+    assert coordinator.cancelled == [submit.request_id for submit in coordinator.submits]
+    text = front.metrics.render().decode()
+    assert "octavo_client_disconnects_total 1.0" in text
+    assert 'octavo_http_requests_total{endpoint="/v1/completions",status="499"} 1.0' in text
 
 
 # --- manners ---
