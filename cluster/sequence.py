@@ -136,5 +136,6 @@ class Sequence:
         """Known tokens at positions start..stop, prompt and output as one."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         prompt = self.num_prompt
-        head = tuple(self.prompt_ids[start:stop])
-        return head + tuple(self.output_ids[max(0, start - prompt) : max(0, stop - prompt)])
+        if start >= prompt:
+            return tuple(self.output_ids[start - prompt : stop - prompt])
+        return (*self.prompt_ids[start:stop], *self.output_ids[: max(0, stop - prompt)])

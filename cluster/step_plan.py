@@ -137,12 +137,14 @@ class StepPlanner:
         `sequence`.
         """
         missing = blocks_for(sequence.num_tokens, self.config.block_size) - len(sequence.block_table)
+        if missing <= 0:
+            return True
         while missing > self.blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.block_table += self.blocks.allocate(max(0, missing))
+        sequence.block_table += self.blocks.allocate(missing)
         return True
 
     def _preempt(self, victim: Sequence) -> None:
@@ -156,8 +158,8 @@ class StepPlanner:
         self.preempted.append(victim)
 
     def _take(self, sequence: Sequence) -> None:
-        start = sequence.num_computed
-        num_tokens = min(sequence.num_uncomputed, self.budget)
+        start, known = sequence.num_computed, sequence.num_tokens
+        num_tokens = min(known - start, self.budget)
         stop = start + num_tokens
         self.budget -= num_tokens
         self.items.append(
@@ -167,7 +169,7 @@ class StepPlanner:
                 num_tokens=num_tokens,
                 token_ids=sequence.token_ids(start, stop),
                 block_table=tuple(sequence.block_table[: blocks_for(stop, self.config.block_size)]),
-                needs_token=stop == sequence.num_tokens and sequence.max_tokens > 0,
+                needs_token=stop == known and sequence.max_tokens > 0,
             )
         )
 
