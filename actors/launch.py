@@ -1,4 +1,4 @@
-"""How a process that is not part of the cluster gets one: finds the supervisor, starts it, asks it, retires it.
+"""How a process that is not part of the cluster gets one: checks what can be checked, and starts the supervisor.
 
 The command line and every ingress replica come through here, so `octavo serve`, `serve run` and a Serve config
 start the same cluster. What the cluster then does is the supervisor's work.
@@ -17,14 +17,12 @@ from actors import ray_runtime
 from actors.blueprint import Blueprint, process_env
 from actors.channels import WireCredentials
 from actors.ray_runtime import ActorLost, ActorRef, RuntimeFailure
-from actors.status import ClusterStatus
 from actors.supervisor import Supervisor
+from actors.supervisor_client import CALL_TIMEOUT_S, SUPERVISOR_NAME, SupervisorClient
 from cluster.budget import memory_budget
 from cluster.config import ClusterConfig, ConfigError
 from model.checkpoint import Checkpoint
 
-SUPERVISOR_NAME = "supervisor"
-CALL_TIMEOUT_S = 15.0
 READY_POLL_S = 0.5
 START_TIMEOUT_S = 1800.0
 
@@ -39,26 +37,6 @@ class Endpoints:
     served_model_name: str
     max_model_len: int
     system_fingerprint: str
-
-
-class SupervisorClient:
-    """The supervisor, for callers without an event loop."""
-
-    def __init__(self, actor: ActorRef) -> None:
-        self._actor = actor
-
-    def status(self) -> ClusterStatus:
-        """Raises RuntimeFailure when the supervisor is gone."""
-        return ClusterStatus.from_dict(self._actor.call_sync("status", timeout_s=CALL_TIMEOUT_S))
-
-    def retire(self, drain_timeout_s: float) -> None:
-        """Drains coordinators and experts, ends their processes, then the supervisor's."""
-        try:
-            self._actor.call_sync("retire", drain_timeout_s, timeout_s=drain_timeout_s + CALL_TIMEOUT_S)
-        except (RuntimeFailure, TimeoutError):
-            pass  # its actors end with the cluster, or are found again by name
-        finally:
-            self._actor.kill()
 
 
 def read_model(config: ClusterConfig) -> Checkpoint:
@@ -81,12 +59,6 @@ def check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     budget = memory_budget("this machine", needs, available)
     if not budget.fits:
         raise RuntimeFailure(budget.reason)
-
-
-def find_supervisor(namespace: str) -> SupervisorClient | None:
-    """The running supervisor of that namespace, or None."""
-    actor = ray_runtime.find(SUPERVISOR_NAME, namespace)
-    return None if actor is None else SupervisorClient(actor)
 
 
 def ensure_supervisor(config: ClusterConfig) -> SupervisorClient:

@@ -28,7 +28,7 @@ def watch_start(poll: Callable[[], ClusterStatus], console: Console, *, timeout_
                 _advance(bars, tasks, actor_id, actor)
                 if actor.state == "ready" and actor_id not in said:
                     said.add(actor_id)
-                    console.print(_loaded_line(actor_id, actor))
+                    console.print(_loaded_line(actor_id, actor), soft_wrap=True)
             if status.state == "ready":
                 return status
             _raise_if_hopeless(status, late=time.monotonic() > deadline, timeout_s=timeout_s)
@@ -41,12 +41,13 @@ def show_placement(status: ClusterStatus, console: Console) -> None:
     for actor_id, actor in _actors(status).items():
         by_node.setdefault(actor.node, []).append(actor_id)
     for node, actor_ids in sorted(by_node.items()):
-        console.print(f"  node {node[:8]}: {', '.join(actor_ids)}")
+        console.print(f"  node {node[:8]}: {', '.join(actor_ids)}", soft_wrap=True)
     for one in status.coordinators:
         tokens = one.kv_blocks_total * one.kv_block_size
         console.print(
             f"  KV cache of {one.coordinator_id}: {one.kv_blocks_total} blocks of {one.kv_block_size} tokens "
-            f"= {tokens:,} tokens; longest sequence {one.max_model_len:,}"
+            f"= {tokens:,} tokens; longest sequence {one.max_model_len:,}",
+            soft_wrap=True,
         )
 
 

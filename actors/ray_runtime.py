@@ -199,6 +199,7 @@ def spawn(
 def start_http(host: str, port: int) -> None:
     """Starts Serve's HTTP proxy. Raises RuntimeFailure if the port is taken."""
     check_port(host, port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),

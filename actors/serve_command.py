@@ -1,4 +1,4 @@
-"""`octavo serve` and `octavo status`: brings a whole cluster up in order, and takes it down in order.
+"""`octavo serve`: brings a whole cluster up in order, and takes it down in order.
 
 Everything that can be refused without a cluster (paths, ports, memory, a second start) is refused before Ray starts.
 """
@@ -12,13 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from actors import ray_runtime
-from actors.demo_model import user_cache_dir
+from actors.cache_dir import user_cache_dir
 from actors.ingress import build_app
-from actors.launch import SupervisorClient, check_memory, ensure_supervisor, find_supervisor, read_model
+from actors.launch import check_memory, ensure_supervisor, read_model
 from actors.local_record import LocalRecord
 from actors.progress import show_placement, watch_start
 from actors.ray_runtime import RuntimeFailure
 from actors.status import ClusterStatus
+from actors.supervisor_client import SupervisorClient, find_supervisor
 from cluster.config import ClusterConfig
 
 START_TIMEOUT_S = 1800.0
@@ -45,29 +46,18 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
         undo.callback(ray_runtime.disconnect)
         stop = _stop_signal()
         supervisor = _start_supervisor(config, undo)
-        console.print(f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})")
+        console.print(
+            f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})", soft_wrap=True
+        )
         status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
         show_placement(status, console)
         ray_runtime.start_http(host, port)
         undo.callback(ray_runtime.undeploy)
         ray_runtime.deploy(build_app(config), name=config.namespace)
-        console.print(_banner(status, host, port, time.monotonic() - began))
+        console.print(_banner(status, host, port, time.monotonic() - began), soft_wrap=True)
         stop.wait()
         console.print("draining ...")
     console.print("stopped")
-
-
-def current_status(address: str | None, namespace: str) -> ClusterStatus:
-    """The status of the cluster at `address`, or of the one that this user runs on this machine."""
-    where = address or LocalRecord(user_cache_dir()).read().get("ray_address") or "auto"
-    ray_runtime.connect(where, namespace)
-    try:
-        supervisor = find_supervisor(namespace)
-        if supervisor is None:
-            raise RuntimeFailure(f"no octavo cluster named {namespace!r} runs at {where}")
-        return supervisor.status()
-    finally:
-        ray_runtime.disconnect()
 
 
 def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClient:

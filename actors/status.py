@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 
@@ -107,24 +107,29 @@ def render(status: ClusterStatus) -> RenderableType:
         f"[bold]{status.model}[/bold]: {status.state}, map epoch {status.map_epoch}, "
         f"balancedness {status.load.balancedness:.2f}, up {status.uptime_s:.0f} s"
     )
-    return Group(summary, _coordinators(status), _replicas(status), _load(status))
-
-
-def show(status: ClusterStatus, console: Console) -> None:
-    """Prints `render(status)`."""
-    console.print(render(status))
+    return Group(summary, "", _coordinators(status), "", _replicas(status), "", _load(status))
 
 
 def size(num_bytes: int) -> str:
-    """A byte count for people: MiB below a GiB, GiB above."""
-    gib = num_bytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+    """A byte count for people, in KiB, MiB or GiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes / 2**10:.3g} KiB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table that survives 80 columns and copying: no frame, no folded cells."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
 
 
 def _coordinators(status: ClusterStatus) -> Table:
-    table = Table(title="coordinators", title_justify="left")
-    for column in ("id", "state", "pid", "node", "address", "epoch", "running", "waiting", "KV free", "kernel"):
-        table.add_column(column)
+    table = _table(
+        "coordinators", "id", "state", "pid", "node", "address", "epoch", "running", "waiting", "KV free", "kernel"
+    )
     for one in status.coordinators:
         table.add_row(
             one.coordinator_id,
@@ -142,9 +147,10 @@ def _coordinators(status: ClusterStatus) -> Table:
 
 
 def _replicas(status: ClusterStatus) -> Table:
-    table = Table(title="expert replicas", title_justify="left")
-    for column in ("id", "experts", "layers", "state", "pid", "node", "address", "in flight", "kernel", "weights"):
-        table.add_column(column)
+    table = _table(
+        "expert replicas",
+        *("id", "experts", "layers", "state", "pid", "node", "address", "in flight", "kernel", "weights"),
+    )
     for one in status.replicas:
         table.add_row(
             one.replica_id,
@@ -162,10 +168,8 @@ def _replicas(status: ClusterStatus) -> Table:
 
 
 def _load(status: ClusterStatus) -> Table:
-    table = Table(title="expert load, tokens over all layers", title_justify="left")
-    table.add_column("expert")
-    for expert in range(len(status.load.tokens_per_expert)):
-        table.add_column(str(expert), justify="right")
-    table.add_row("since start", *map(str, status.load.tokens_per_expert))
-    table.add_row("recent window", *map(str, status.load.window_tokens_per_expert))
+    load = status.load
+    table = _table("expert load, tokens over all layers", "expert", *map(str, range(len(load.tokens_per_expert))))
+    table.add_row("since start", *map(str, load.tokens_per_expert))
+    table.add_row("recent window", *map(str, load.window_tokens_per_expert))
     return table
