@@ -215,7 +215,7 @@ class ExpertRound:
             changed = self._pool.changed
             fresh = self._others(part)
             if fresh:
-                self._stats.retries += 1
+                self._stats.retries += part.link is not None
                 return fresh[0]
             remaining_s = self._remaining_s()
             if remaining_s <= 0 or self._pool.closed:

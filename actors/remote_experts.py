@@ -47,9 +47,12 @@ class RemoteExperts:
         """
         self._pool.apply_map(new)
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when every expert of every layer can be asked. Raises ExpertUnavailable."""
-        await self._pool.wait_ready(timeout_s)
+    async def wait_ready(self, timeout_s: float, *, all_replicas: bool = False) -> None:
+        """Returns when every expert of every layer can be asked; with `all_replicas`, when every replica can.
+
+        Raises ExpertUnavailable after `timeout_s`, naming the first that cannot and why.
+        """
+        await self._pool.wait_ready(timeout_s, all_replicas=all_replicas)
 
     async def run(self, layer: int, plan: DispatchPlan) -> torch.Tensor:
         """out_ND: the rows of `plan`, each through its expert in `layer`, bit for bit as LocalExperts gives

@@ -85,6 +85,7 @@ class ReplicaLink:
     def mark_draining(self) -> None:
         """The replica said it takes nothing new: it gets nothing until it is connected to afresh."""
         self._draining = True
+        self.failure = "draining"
         self._on_change()
 
     async def retire(self, timeout_s: float) -> None:
@@ -124,6 +125,7 @@ class ReplicaLink:
         await transport.connect(CONNECT_TIMEOUT_S)
         self._transport = transport
         self._draining = False
+        self.failure = "connected"
         LOG.info("%s is connected", self.replica.replica_id)
         self._on_change()
         await transport.closed.wait()

@@ -7,7 +7,6 @@ asking again is `actors.expert_round`'s, the order among the able `cluster.selec
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
 
 from actors.replica_link import ReplicaLink
 from actors.transport import OpenTransport, WireCounters
@@ -79,11 +78,11 @@ class ReplicaPool:
         self._map = new
         self._note_change()
 
-    async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when every expert of every layer can be asked. Raises ExpertUnavailable."""
+    async def wait_ready(self, timeout_s: float, *, all_replicas: bool) -> None:
+        """Returns when every expert of every layer can be asked, or every replica. Raises ExpertUnavailable."""
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
-        while (lacking := self._lacking()) is not None:
+        while (lacking := self._lacking(all_replicas)) is not None:
             remaining_s = deadline_s - loop.time()
             if remaining_s <= 0 or self.closed:
                 layer, expert = lacking
@@ -141,15 +140,16 @@ class ReplicaPool:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
-    def _lacking(self) -> tuple[int, int] | None:
-        """The first (layer, expert) that cannot be asked."""
+    def _lacking(self, all_replicas: bool) -> tuple[int, int] | None:
+        """The first (layer, expert) that nobody, or not everybody who should, can be asked for."""
         if self._map is None:
             return 0, 0
-        places = ((layer, expert) for layer in range(self._map.num_layers) for expert in self._experts())
-        return next((place for place in places if not self.able(*place)), None)
-
-    def _experts(self) -> Iterable[int]:
-        return range(self._map.num_experts if self._map is not None else 0)
+        for layer in range(self._map.num_layers):
+            for expert in range(self._map.num_experts):
+                named = self._map.replicas_for(LayerId(layer), ExpertId(expert))
+                if len(self.able(layer, expert)) < (len(named) if all_replicas else 1):
+                    return layer, expert
+        return None
 
     def _note_change(self) -> None:
         self._usable = frozenset(replica_id for replica_id, link in self._links.items() if link.usable)

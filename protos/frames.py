@@ -16,6 +16,8 @@ from protos.expert_pb2 import Tensor
 
 MessageT = TypeVar("MessageT", bound=Message)
 
+SMALL_BYTES = 64 * 1024
+
 _PAYLOAD = Tensor.PAYLOAD_FIELD_NUMBER
 _LENGTH_DELIMITED = 2
 _MAX_FIELDS = 32  # no message of ours has more; a hostile one must not keep a Python loop busy
@@ -41,11 +43,14 @@ def join(header: Message, field: int, claim: Tensor, payload: memoryview) -> byt
     return b"".join((outer, inner, payload))
 
 
-def split(data: bytes, kind: type[MessageT], field: int) -> Frame[MessageT] | None:
+def split(data: bytes, kind: type[MessageT], field: int, *, small_bytes: int = SMALL_BYTES) -> Frame[MessageT] | None:
     """Takes a serialised message of `kind` apart; None when its field number `field`, the tensor, is absent.
 
-    Raises google.protobuf.message.DecodeError for bytes that are no such message.
+    Messages of up to `small_bytes` go through protobuf, which is quicker as long as copying costs little. Raises
+    google.protobuf.message.DecodeError for bytes that are no such message.
     """
+    if len(data) <= small_bytes:
+        return _split_by_protobuf(data, kind, field)
     view = memoryview(data)
     outer = _last_field(view, _tag(field))
     inner = None if outer is None else _last_field(view[outer[1] :], _tag(_PAYLOAD))

@@ -85,6 +85,11 @@ async def refused(call: Any) -> grpc.aio.AioRpcError:
     return caught.value
 
 
+async def flood(call: Any) -> None:
+    while True:
+        await call.write(b"evil")
+
+
 def test_the_token_opens_calls_and_streams() -> None:
     async def work() -> None:
         echo = Echo()
@@ -121,10 +126,8 @@ def test_a_strangers_bytes_reach_no_parser(metadata: tuple[tuple[str, str | byte
             assert error.code() == grpc.StatusCode.UNAUTHENTICATED
             assert error.details() == "missing or wrong bearer token"
             assert (await refused(stream(channel)(metadata=metadata).read())).code() == error.code()
-            flood = stream(channel)(metadata=metadata)
             with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
-                while True:
-                    await flood.write(b"evil")
+                await flood(stream(channel)(metadata=metadata))
             unknown: Any = channel.unary_unary("/octavo.ExpertService/Nothing")
             assert (await refused(unknown(b"x"))).code() == grpc.StatusCode.UNAUTHENTICATED
         assert echo.parsed == []

@@ -1,0 +1,637 @@
+"""Remote equals local bit for bit, whoever dies, lies, is full, is slow or comes back meanwhile."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.expert import ExpertActor
+from actors.remote_experts import ExpertUnavailable, MapRejected, Patience, RemoteExperts
+from actors.transport import ExpertReply, ExpertRequest, OpenTransport, TransportError, WireCounters, grpc_transports
+from cluster.expert_map import ExpertMap, ReplicaInfo
+from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
+from model.checkpoint import Checkpoint
+from model.dispatch import DispatchPlan, dispatch
+from model.experts import ExpertColumn, LocalExperts
+from protos import expert_pb2 as pb
+from tests.support import expert_process
+from tests.support.checkpoints import write_mixtral
+from tests.support.experts import TOKEN, WIDTH, FakeColumn, answer, credentials, map_of, run, served
+
+HIDDEN, LAYERS, EXPERTS = 32, 2, 4
+
+
+# ---- helpers ----------------------------------------------------------------------------------------------
+
+
+def plan_of(counts: Sequence[int], seed: int = 0) -> DispatchPlan:
+    """Rows for each expert; what undoes the sort is not needed here."""
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(sum(counts), WIDTH, generator=generator)
+    return DispatchPlan(x_ND, tuple(counts), torch.empty(0, 1), torch.empty(0, 1))
+
+
+def expected(plan: DispatchPlan, layer: int) -> torch.Tensor:
+    pieces = [answer(expert, layer, plan.x_ND[plan.rows(expert)]) for expert in range(len(plan.counts))]
+    return torch.cat(pieces)
+
+
+@asynccontextmanager
+async def remote(
+    expert_map: ExpertMap | None, open_transport: OpenTransport | None = None, **patience: Any
+) -> AsyncIterator[RemoteExperts]:
+    experts = RemoteExperts(
+        open_transport or grpc_transports(credentials()), Patience(**{"deadline_s": 20.0, **patience})
+    )
+    try:
+        if expert_map is not None:
+            experts.apply_map(expert_map)
+            await experts.wait_ready(10, all_replicas=True)
+        yield experts
+    finally:
+        await experts.close()
+
+
+class FakeTransport:
+    """A lane without sockets: answers by itself, or as told."""
+
+    def __init__(self, replica: ReplicaInfo) -> None:
+        self.closed = asyncio.Event()
+        self.reason = ""
+        self.replica = replica
+        self.refuse: list[pb.Status] = []
+        self.silent = False
+        self.arrived = asyncio.Semaphore(0)
+        self.requests: list[ExpertRequest] = []
+        self.replies: list[asyncio.Future[ExpertReply]] = []
+
+    async def connect(self, timeout_s: float) -> None:
+        if self.closed.is_set():
+            raise TransportError("closed before it was used")
+
+    def forward(self, request: ExpertRequest) -> asyncio.Future[ExpertReply]:
+        future: asyncio.Future[ExpertReply] = asyncio.get_running_loop().create_future()
+        self.arrived.release()
+        self.requests.append(request)
+        self.replies.append(future)
+        if self.refuse:
+            future.set_result(ExpertReply(self.refuse.pop(0), "as told"))
+        elif not self.silent:
+            future.set_result(self.fine(request))
+        return future
+
+    def fine(self, request: ExpertRequest) -> ExpertReply:
+        output = answer(request.expert_id, request.layer_id, request.hidden)
+        return ExpertReply(pb.STATUS_OK, "", output, compute_us=3, queue_us=2)
+
+    def fail(self, reason: str = "cut") -> None:
+        self.reason = reason
+        self.closed.set()
+        for future in self.replies:
+            if not future.done():
+                future.set_exception(TransportError(reason))
+
+    async def close(self) -> None:
+        self.fail("closed here")
+
+
+class FakeLanes:
+    """Makes FakeTransports and remembers them, newest last, by replica."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, list[FakeTransport]] = {}
+        self.unreachable: set[str] = set()
+
+    def __call__(self, replica: ReplicaInfo, _counters: WireCounters) -> FakeTransport:
+        transport = FakeTransport(replica)
+        if replica.replica_id in self.unreachable:
+            transport.fail("unreachable")
+        self.made.setdefault(replica.replica_id, []).append(transport)
+        return transport
+
+    def __getitem__(self, replica_id: str) -> FakeTransport:
+        return self.made[replica_id][-1]
+
+
+def info(replica_id: str, experts: Sequence[int] = (0,), address: str = "") -> ReplicaInfo:
+    return ReplicaInfo(
+        replica_id=ReplicaId(replica_id),
+        expert_ids=tuple(ExpertId(expert) for expert in experts),
+        first_layer=LayerId(0),
+        num_layers=2,
+        address=address or f"{replica_id}:1",
+        node_id=NodeId("node"),
+        numerics_domain="fake",
+    )
+
+
+# ---- remote equals local ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    write_mixtral(path, hidden=HIDDEN, ffn=48, layers=LAYERS, experts=EXPERTS, dtype=torch.float16)
+    return path
+
+
+def actor_arguments(model: Path, replica_id: str, experts: Sequence[int], kernel: str = "auto") -> dict[str, Any]:
+    return {
+        "replica_id": replica_id,
+        "expert_ids": list(experts),
+        "first_layer": 0,
+        "num_layers": LAYERS,
+        "model": str(model),
+        "kernel": kernel,
+        "device": "cpu",
+        "auth_token": TOKEN,
+    }
+
+
+def entry(facts: dict[str, Any]) -> ReplicaInfo:
+    """A settled actor's entry in a map."""
+    assert facts["state"] == "ready", facts["detail"]
+    made = info(facts["replica_id"], facts["expert_ids"], facts["address"])
+    return replace(made, numerics_domain=facts["numerics_domain"])
+
+
+def local(model: Path, kernel: str) -> LocalExperts:
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(model)
+    columns = [ExpertColumn.load(checkpoint, e, range(LAYERS), kernel, "cpu") for e in range(EXPERTS)]
+    return LocalExperts(columns)
+
+
+def real_plan(tokens: int, seed: int = 0) -> DispatchPlan:
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(tokens, HIDDEN, generator=generator) * 2
+    return dispatch(x_TD, torch.randn(tokens, EXPERTS, generator=generator), 2)
+
+
+@pytest.mark.parametrize("kernel", ["fp32", "fp16"])
+@pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1, 0, 2]]])
+def test_remote_equals_local_bit_for_bit(model: Path, kernel: str, groups: list[list[int]]) -> None:
+    async def work() -> None:
+        oracle = local(model, kernel)
+        async with AsyncExitStack() as stack:
+            facts = []
+            for number, group in enumerate(groups):
+                actor = ExpertActor(**actor_arguments(model, f"r{number}", group, kernel))
+                await actor.start()
+                stack.push_async_callback(actor.stop)
+                facts.append(await actor.wait_settled())
+            replicas = [entry(fact) for fact in facts]
+            async with remote(map_of(*replicas, experts=EXPERTS)) as experts:
+                for tokens in (1, 2, 7, 33):
+                    for layer in range(LAYERS):
+                        plan = real_plan(tokens, seed=tokens)
+                        assert torch.equal(await experts.run(layer, plan), oracle.run(layer, plan))
+                assert experts.stats.retries == 0
+
+    run(work())
+
+
+def test_a_process_killed_in_the_middle_of_a_message_changes_no_bit(model: Path) -> None:
+    async def work() -> None:
+        everything = list(range(EXPERTS))
+        names = ("a", "b")
+        started = await asyncio.gather(
+            *(expert_process.spawn(**actor_arguments(model, name, everything)) for name in names)
+        )
+        processes = [process for process, _ in started]
+        replicas = [entry(facts) for _, facts in started]
+        oracle, plan = local(model, "fp16"), real_plan(40)
+        try:
+            async with remote(map_of(*replicas, experts=EXPERTS)) as experts:
+                assert torch.equal(await experts.run(0, plan), oracle.run(0, plan))
+                processes[0].send_signal(signal.SIGSTOP)  # it will have the rows, and not have answered
+                running = asyncio.create_task(experts.run(1, plan))
+                done, _ = await asyncio.wait({running}, timeout=0.5)
+                assert not done
+                processes[0].kill()
+                assert torch.equal(await running, oracle.run(1, plan))
+                assert experts.stats.retries >= 1
+                assert experts.stats.retry_reasons["CONNECTION"] >= 1
+                for layer in range(LAYERS):
+                    assert torch.equal(await experts.run(layer, plan), oracle.run(layer, plan))
+        finally:
+            for process in processes:
+                await expert_process.end(process)
+
+    run(work(), timeout_s=120)
+
+
+# ---- real sockets, simple columns -------------------------------------------------------------------------
+
+
+def test_a_server_cut_off_in_the_middle_of_a_message_is_replayed_on_the_second() -> None:
+    async def work() -> None:
+        first, second = FakeColumn(0), FakeColumn(0)
+        first.gate.clear()
+        async with (
+            served(first, experts=[0], replica_id="a") as one,
+            served(second, experts=[0], replica_id="b") as two,
+            remote(map_of(one.info(), two.info(), experts=1)) as experts,
+        ):
+            plan = plan_of([6])
+            running = asyncio.create_task(experts.run(1, plan))
+            assert await asyncio.to_thread(first.entered.wait, 10)
+            stopping = asyncio.create_task(one.server.stop(0))
+            assert torch.equal(await running, expected(plan, 1))
+            assert second.calls == [(1, 6)]
+            assert experts.stats.retries == 1
+            first.gate.set()
+            await stopping
+
+    run(work())
+
+
+def test_the_only_replica_gone_and_back_elsewhere_is_waited_for() -> None:
+    async def work() -> None:
+        plan = plan_of([3, 2])
+        async with served(FakeColumn(1), experts=[1], replica_id="b") as other, AsyncExitStack() as stack:
+            blocked = FakeColumn(0)
+            blocked.gate.clear()
+            lost = await stack.enter_async_context(served(blocked, experts=[0], replica_id="a"))
+            async with remote(map_of(lost.info(), other.info())) as experts:
+                running = asyncio.create_task(experts.run(0, plan))
+                assert await asyncio.to_thread(blocked.entered.wait, 10)
+                stopping = asyncio.create_task(stack.aclose())
+                while not experts.stats.waits:
+                    await asyncio.wait({running}, timeout=0.01)
+                blocked.gate.set()
+                await stopping
+                assert not running.done()
+                async with served(FakeColumn(0), experts=[0], replica_id="a") as back:
+                    assert back.server.address != lost.server.address
+                    experts.apply_map(map_of(back.info(), other.info(), epoch=2))
+                    assert torch.equal(await running, expected(plan, 0))
+
+    run(work())
+
+
+def test_a_replica_that_returns_to_its_old_port_is_found_without_a_new_map() -> None:
+    async def work() -> None:
+        plan = plan_of([3])
+        async with AsyncExitStack() as stack:
+            there = await stack.enter_async_context(served(FakeColumn(0), experts=[0]))
+            async with remote(map_of(there.info(), experts=1)) as experts:
+                assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+                await stack.aclose()
+                running = asyncio.create_task(experts.run(1, plan))
+                async with served(FakeColumn(0), experts=[0], port=there.server.port):
+                    assert torch.equal(await running, expected(plan, 1))
+
+    run(work())
+
+
+def test_a_full_replica_is_asked_again_until_it_has_room() -> None:
+    async def work() -> None:
+        column = FakeColumn(0)
+        column.gate.clear()
+        async with (
+            served(column, experts=[0], max_queue_tokens=4) as there,
+            remote(map_of(there.info(), experts=1)) as experts,
+        ):
+            plans = [plan_of([3], seed) for seed in range(3)]
+            running = [asyncio.create_task(experts.run(0, plan)) for plan in plans]
+            while experts.stats.retry_reasons["OVERLOADED"] < 3:
+                await asyncio.wait(running, timeout=0.01)
+            column.gate.set()
+            for plan, task in zip(plans, running, strict=True):
+                assert torch.equal(await task, expected(plan, 0))
+            assert there.replica.counters.tokens_total == 9
+
+    run(work())
+
+
+def test_a_stale_map_waits_for_the_next_one() -> None:
+    async def work() -> None:
+        async with (
+            served(FakeColumn(0), experts=[0], min_map_epoch=2) as there,
+            remote(map_of(there.info(), experts=1)) as experts,
+        ):
+            plan = plan_of([1])
+            running = asyncio.create_task(experts.run(0, plan))
+            while not experts.stats.retry_reasons["STALE_EPOCH"]:
+                await asyncio.wait({running}, timeout=0.01)
+            experts.apply_map(map_of(there.info(), epoch=2, experts=1))
+            assert torch.equal(await running, expected(plan, 0))
+
+    run(work())
+
+
+def test_a_draining_replica_gets_nothing_new() -> None:
+    async def work() -> None:
+        async with (
+            served(FakeColumn(0), experts=[0], replica_id="a") as one,
+            served(FakeColumn(0), experts=[0], replica_id="b") as two,
+            remote(map_of(one.info(), two.info(), experts=1)) as experts,
+        ):
+            await one.service.drain(1)
+            for seed in range(5):
+                plan = plan_of([2], seed)
+                assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert experts.stats.retry_reasons == {"DRAINING": 1}
+            assert one.replica.counters.messages_total == 1
+
+    run(work())
+
+
+# ---- every other way to fail, without sockets -------------------------------------------------------------
+
+
+def test_one_message_per_expert_with_rows() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b", [1]), info("c", [2]), experts=3), lanes) as experts:
+            plan = plan_of([4, 0, 3])
+            assert torch.equal(await experts.run(1, plan), expected(plan, 1))
+            assert [len(lanes[name].requests) for name in "abc"] == [1, 0, 1]
+            request = lanes["a"].requests[0]
+            assert (request.layer_id, request.expert_id, request.map_epoch) == (1, 0, 1)
+            assert (experts.stats.compute_us, experts.stats.queue_us) == (6, 4)
+
+    run(work())
+
+
+def test_a_plan_without_rows_asks_nobody() -> None:
+    async def work() -> None:
+        async with remote(None) as experts:
+            assert (await experts.run(0, plan_of([0, 0]))).shape == (0, WIDTH)
+
+    run(work())
+
+
+def test_rows_beyond_one_message_travel_in_several() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        experts = RemoteExperts(lanes, max_message_rows=4)
+        experts.apply_map(map_of(info("a", [0, 1])))
+        await experts.wait_ready(5)
+        plan = plan_of([9, 4])
+        assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+        assert [len(request.hidden) for request in lanes["a"].requests] == [4, 4, 1, 4]
+        await experts.close()
+
+    run(work())
+
+
+def test_parts_go_to_the_replica_with_least_in_flight() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b"), experts=1), lanes) as experts:
+            lanes["a"].silent = True
+            first = asyncio.create_task(experts.run(0, plan_of([5])))
+            await lanes["a"].arrived.acquire()
+            plan = plan_of([2])
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert len(lanes["b"].requests) == 1
+            lanes["a"].replies[0].set_result(lanes["a"].fine(lanes["a"].requests[0]))
+            assert (await first).shape == (5, WIDTH)
+
+    run(work())
+
+
+@pytest.mark.parametrize("status", [pb.STATUS_CORRUPT, pb.STATUS_INTERNAL, pb.STATUS_NOT_HELD, pb.STATUS_INVALID])
+def test_a_refusal_is_taken_to_the_other_replica_at_once(status: pb.Status) -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b"), experts=1), lanes) as experts:
+            lanes["a"].refuse = [status]
+            plan = plan_of([3])
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert (len(lanes["a"].requests), len(lanes["b"].requests)) == (1, 1)
+            assert (experts.stats.retries, experts.stats.waits) == (1, 0)
+
+    run(work())
+
+
+@pytest.mark.parametrize("status", [pb.STATUS_CORRUPT, pb.STATUS_DEADLINE_EXCEEDED, pb.STATUS_OVERLOADED])
+def test_the_only_replica_is_asked_again_after_a_pause(status: pb.Status) -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            lanes["a"].refuse = [status, status]
+            plan = plan_of([3])
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert (experts.stats.retries, experts.stats.waits) == (2, 2)
+
+    run(work())
+
+
+def test_rows_that_every_replica_refuses_are_given_up() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            lanes["a"].refuse = [pb.STATUS_INTERNAL] * 9
+            with pytest.raises(ExpertUnavailable, match="expert 0 in layer 1 is unavailable: 4 times INTERNAL"):
+                await experts.run(1, plan_of([3]))
+            assert len(lanes["a"].requests) == 4
+
+    run(work())
+
+
+def test_nobody_to_ask_until_the_deadline_is_an_error_with_the_reason() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        lanes.unreachable = {"a"}
+        async with remote(None, lanes, deadline_s=0.2) as experts:
+            experts.apply_map(map_of(info("a"), experts=1))
+            with pytest.raises(ExpertUnavailable, match="a: closed before it was used") as caught:
+                await experts.run(1, plan_of([3]))
+            assert (caught.value.expert, caught.value.layer) == (0, 1)
+            with pytest.raises(ExpertUnavailable, match="a: closed before it was used"):
+                await experts.wait_ready(0.05)
+
+    run(work())
+
+
+def test_without_a_map_nobody_can_be_asked() -> None:
+    async def work() -> None:
+        async with remote(None, FakeLanes(), deadline_s=0.05) as experts:
+            with pytest.raises(ExpertUnavailable, match="no map has been applied"):
+                await experts.run(0, plan_of([1]))
+
+    run(work())
+
+
+def test_the_only_replica_that_is_silent_is_waited_for_until_the_deadline() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes, deadline_s=0.3, attempt_s=0.05) as experts:
+            lanes["a"].silent = True
+            with pytest.raises(ExpertUnavailable, match="no answer before the deadline"):
+                await experts.run(0, plan_of([3]))
+            assert len(lanes["a"].requests) == 1  # asking a slow replica twice would make it slower
+            assert lanes["a"].replies[0].cancelled()
+            lanes["a"].silent = False
+            assert (await experts.run(0, plan_of([3]))).shape == (3, WIDTH)
+
+    run(work())
+
+
+def test_a_silent_replica_is_passed_over_when_another_is_there() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b"), experts=1), lanes, attempt_s=0.05) as experts:
+            lanes["a"].silent = True
+            plan = plan_of([3])
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert experts.stats.retry_reasons == {"SLOW": 1}
+            assert lanes["a"].replies[0].cancelled()
+
+    run(work())
+
+
+def test_an_answer_after_patience_is_over_still_counts() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes, attempt_s=0.02) as experts:
+            lanes["a"].silent = True
+            plan = plan_of([3])
+            running = asyncio.create_task(experts.run(0, plan))
+            await asyncio.wait({running}, timeout=0.1)
+            lanes["a"].replies[0].set_result(lanes["a"].fine(lanes["a"].requests[0]))
+            assert torch.equal(await running, expected(plan, 0))
+            assert experts.stats.retries == 0
+
+    run(work())
+
+
+def test_the_deadline_on_the_wire_is_absolute_and_the_same_for_a_replay() -> None:
+    async def work() -> None:
+        lanes, now = FakeLanes(), 5_000_000_000
+        async with remote(map_of(info("a"), info("b"), experts=1), lanes, wall_us=lambda: now) as experts:
+            lanes["a"].refuse = [pb.STATUS_CORRUPT]
+            await experts.run(0, plan_of([1]))
+            first, second = (lanes[name].requests[0].deadline_unix_us for name in "ab")
+            assert now + 19_000_000 < second <= first <= now + 20_000_000
+
+    run(work())
+
+
+def test_a_cancelled_run_leaves_nothing_behind() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b", [1])), lanes) as experts:
+            lanes["a"].silent = True
+            lanes["b"].refuse = [pb.STATUS_OVERLOADED] * 99
+            before = asyncio.all_tasks()
+            running = asyncio.create_task(experts.run(0, plan_of([3, 3])))
+            await lanes["a"].arrived.acquire()
+            await lanes["b"].arrived.acquire()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await asyncio.sleep(0)
+            assert asyncio.all_tasks() == before
+            assert lanes["a"].replies[0].cancelled()
+
+    run(work())
+
+
+def test_close_ends_a_run_that_waits() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            lanes["a"].silent = True
+            running = asyncio.create_task(experts.run(0, plan_of([3])))
+            await lanes["a"].arrived.acquire()
+            await experts.close()
+            with pytest.raises(ExpertUnavailable, match="closed here"):
+                await running
+            with pytest.raises(MapRejected, match="closed"):
+                experts.apply_map(map_of(info("a"), experts=1, epoch=2))
+
+    run(work())
+
+
+# ---- maps -------------------------------------------------------------------------------------------------
+
+
+def test_a_new_map_moves_the_work_and_lets_the_old_replica_finish() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            old = lanes["a"]
+            old.silent = True
+            plan = plan_of([2])
+            running = asyncio.create_task(experts.run(0, plan))
+            await old.arrived.acquire()
+            experts.apply_map(map_of(info("b"), experts=1, epoch=2))
+            await experts.wait_ready(5)
+            assert torch.equal(await experts.run(1, plan), expected(plan, 1))
+            assert lanes["b"].requests[0].map_epoch == 2
+            assert not old.closed.is_set()
+            old.replies[0].set_result(old.fine(old.requests[0]))
+            assert torch.equal(await running, expected(plan, 0))
+            await old.closed.wait()  # idle now, and in no map
+
+    run(work())
+
+
+def test_a_map_that_says_the_same_of_a_replica_keeps_its_connection() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            experts.apply_map(map_of(info("a"), info("b"), experts=1, epoch=2))
+            await experts.wait_ready(5)
+            assert len(lanes.made["a"]) == 1
+            experts.apply_map(map_of(info("a", address="elsewhere:1"), experts=1, epoch=3))
+            await experts.wait_ready(5)
+            await lanes.made["a"][0].closed.wait()
+            assert lanes["a"].replica.address == "elsewhere:1"
+            assert experts.expert_map is not None
+            assert experts.expert_map.epoch == 3
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (map_of(info("a"), experts=1, epoch=4), "epoch 4 is not newer than 5"),
+        (map_of(info("b"), experts=1, epoch=5), "epoch 5 is not newer than 5"),
+        (map_of(info("a"), experts=2, epoch=6), "lacks 2 places: expert 1 in layer 0, expert 1 in layer 1"),
+        (map_of(experts=1, epoch=6), "lacks 2 places: expert 0 in layer 0"),
+        (map_of(info("a", [0, 1]), experts=2, epoch=6), "of another model: 2x2, not 2x1"),
+    ],
+)
+def test_a_bad_map_is_rejected_and_the_old_one_stays(bad: ExpertMap, said: str) -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        good = map_of(info("a"), experts=1, epoch=5)
+        async with remote(good, lanes) as experts:
+            with pytest.raises(MapRejected, match=said):
+                experts.apply_map(bad)
+            assert experts.expert_map == good
+            experts.apply_map(good)  # again: nothing happens
+            plan = plan_of([2])
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert len(lanes.made["a"]) == 1
+
+    run(work())
+
+
+def test_a_lost_connection_is_made_again() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            plan = plan_of([2])
+            for times in range(1, 4):
+                lost = lanes["a"]
+                lost.silent, lost.arrived = True, asyncio.Semaphore(0)
+                running = asyncio.create_task(experts.run(0, plan))
+                await lost.arrived.acquire()
+                lost.fail()
+                assert torch.equal(await running, expected(plan, 0))
+                assert len(lanes.made["a"]) == times + 1
+            assert experts.stats.retry_reasons == {"CONNECTION": 3}
+
+    run(work())
