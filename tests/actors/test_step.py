@@ -1,0 +1,138 @@
+"""From a scheduled batch to rows of logits and from those to tokens: whose row is whose, and who fails alone."""
+
+import pytest
+import torch
+
+from actors.batch_builder import build_step
+from actors.engine_io import Failure
+from actors.step_sampling import Choice, RowResult, sample_step
+from cluster.ids import SequenceId
+from cluster.scheduler import ScheduledBatch, ScheduledSequence
+from cluster.sequence import Sequence
+from model.sampling import SamplerState, SamplingParams
+from protos.expert_pb2 import STATUS_INTERNAL
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def share(
+    seq_id: int,
+    prompt: list[int],
+    start: int,
+    num_tokens: int,
+    *,
+    scores: bool = False,
+    output: tuple[int, ...] = (),
+) -> ScheduledSequence:
+    sequence = Sequence(
+        seq_id=SequenceId(seq_id), prompt_ids=prompt, max_tokens=9, min_tokens=1, stop_token_ids=frozenset({2}),
+        wants_prompt_logprobs=scores,
+    )  # fmt: skip
+    sequence.output_ids.extend(output)
+    stop = start + num_tokens
+    return ScheduledSequence(
+        sequence=sequence,
+        start=start,
+        num_tokens=num_tokens,
+        token_ids=sequence.token_ids(start, stop),
+        block_table=(seq_id,),
+        needs_token=stop == sequence.num_tokens,
+    )
+
+
+def choice(
+    state: SamplerState | None = None, num_logprobs: int | None = None, prompt: int | None = None
+) -> Choice:
+    return Choice(state or SamplerState(GREEDY, ()), num_logprobs, prompt)
+
+
+def test_shares_lie_side_by_side_and_rows_know_their_owner() -> None:
+    batch = ScheduledBatch(
+        step=0,
+        items=(
+            share(0, [5, 6], 2, 1, output=(7,)),
+            share(1, [10, 11, 12, 13, 14], 1, 3, scores=True),
+            share(2, [20, 21, 22], 0, 2),
+            share(3, [30, 31, 32], 1, 2, scores=True),
+        ),
+    )
+    step = build_step(batch)
+    assert step.forward.token_ids_T.tolist() == [7, 11, 12, 13, 20, 21, 31, 32]
+    assert step.forward.positions_T.tolist() == [2, 1, 2, 3, 0, 1, 1, 2]
+    assert [(one.num_tokens, one.context_len) for one in step.forward.sequences] == [
+        (1, 3),
+        (3, 4),
+        (2, 2),
+        (2, 3),
+    ]
+    assert [one.block_table for one in step.forward.sequences] == [(0,), (1,), (2,), (3,)]
+    assert step.forward.logits_rows == (0, 1, 2, 3, 6, 7)
+    assert [one.item.sequence.seq_id for one in step.rows] == [0, 1, 3], (
+        "a chunk in mid-prompt needs no logits"
+    )
+    assert [(one.prompt, one.sample) for one in step.rows] == [
+        (slice(0, 0), 0),
+        (slice(1, 4), None),
+        (slice(4, 5), 5),
+    ]
+    assert [one.prompt_targets for one in step.rows] == [(), (12, 13, 14), (32,)]
+
+
+def test_each_row_is_read_as_its_sequence_wants() -> None:
+    batch = ScheduledBatch(step=0, items=(share(0, [5], 0, 1), share(1, [3, 4], 0, 2, scores=True)))
+    step = build_step(batch)
+    logits_RV = torch.tensor([[0.0, 1, 9, 3, 0], [0, 0, 0, 0, 5], [1, 0, 0, 0, 0]])
+    results = sample_step(logits_RV, step.rows, {SequenceId(0): choice(), SequenceId(1): choice(None, 1, 0)})
+    first, second = results[SequenceId(0)], results[SequenceId(1)]
+    assert isinstance(first, RowResult)
+    assert isinstance(second, RowResult)
+    assert first.sampled is not None
+    assert first.sampled.token == 3, "2 would stop it, and it may not stop yet"
+    assert first.sampled.logprob is None
+    assert [place.chosen.token for place in second.prompt_logprobs] == [4]
+    assert second.sampled is not None
+    assert second.sampled.token == 0
+    assert second.sampled.logprob is not None
+    assert [one.token for one in second.sampled.logprob.top] == [0]
+
+
+@pytest.mark.parametrize("bad_row", [0, 1, 2])
+def test_a_row_that_is_no_distribution_fails_its_sequence_alone(bad_row: int) -> None:
+    batch = ScheduledBatch(
+        step=0,
+        items=(share(0, [5], 0, 1), share(1, [3, 4], 0, 2, scores=True), share(2, [5], 0, 1)),
+    )
+    step = build_step(batch)
+    logits_RV = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    logits_RV[bad_row, 3] = float("nan")
+    choices = {SequenceId(0): choice(), SequenceId(1): choice(None, None, 2), SequenceId(2): choice()}
+    results = sample_step(logits_RV, step.rows, choices)
+    failed = {seq_id for seq_id, one in results.items() if isinstance(one, Failure)}
+    assert failed == {SequenceId(0 if bad_row == 0 else 1)}
+    (failure,) = [one for one in results.values() if isinstance(one, Failure)]
+    assert failure.status == STATUS_INTERNAL
+    assert "logits are not a distribution" in failure.text
+
+
+class Bug(SamplerState):
+    def penalize(self, row_V: torch.Tensor) -> None:
+        raise ZeroDivisionError("a bug in one sequence's penalties")
+
+
+def test_a_bug_in_one_sequences_sampling_fails_that_sequence_alone() -> None:
+    batch = ScheduledBatch(step=0, items=tuple(share(index, [5], 0, 1) for index in range(3)))
+    step = build_step(batch)
+    logits_RV = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    bug = Bug(SamplingParams(temperature=0.0, repetition_penalty=1.5), ())
+    choices = {SequenceId(0): choice(), SequenceId(1): choice(bug), SequenceId(2): choice()}
+    results = sample_step(logits_RV, step.rows, choices)
+    assert [isinstance(results[SequenceId(index)], Failure) for index in range(3)] == [False, True, False]
+    failure = results[SequenceId(1)]
+    assert isinstance(failure, Failure)
+    assert failure.text == "sampling failed: a bug in one sequence's penalties"
+
+
+def test_a_step_without_rows_gives_nothing() -> None:
+    step = build_step(ScheduledBatch(step=0, items=(share(0, [5, 6, 7], 0, 2),)))
+    assert step.forward.logits_rows == ()
+    assert sample_step(torch.empty(0, 8), step.rows, {}) == {}
