@@ -159,6 +159,19 @@ async def test_a_crowd_changes_no_bit(
     assert [story.exact for story in told] == alone
 
 
+async def test_a_crowd_changes_no_bit_of_a_half_precision_model(tmp_path: Path) -> None:
+    """Packed fp16 weights are the default kernel of real checkpoints; here with a sliding window as well."""
+    write_mixtral(tmp_path, dtype=torch.float16, sliding_window=24)
+    model = TinyModel.load(tmp_path)
+    requests = mixed_requests(8)
+    stories = Stories()
+    engine = make_engine(model, stories)
+    async with running(engine):
+        expected = [(await tell(engine, stories, [one]))[0].exact for one in requests]
+    told = await tell_fresh(model, requests, chunk=32)
+    assert [story.exact for story in told] == expected
+
+
 async def test_preemption_changes_no_bit(model: TinyModel) -> None:
     """KV blocks for a quarter of what the sequences need at once: who finds none starts over."""
     drawn = [SamplingParams(temperature=0.8, seed=index) for index in range(4)]
