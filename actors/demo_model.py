@@ -6,7 +6,6 @@ when.
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,14 +91,10 @@ def upcycle_with_progress(
         def tell(what: str, done: int, total: int) -> None:
             unit = MB if what == "weights" else 1
             if what not in tasks:
-                tasks[what] = bars.add_task(
-                    f"{what} ({'MB' if unit == MB else 'layers'})", total=total // unit
-                )
+                tasks[what] = bars.add_task(f"{what} ({'MB' if unit == MB else 'layers'})", total=total // unit)
             bars.update(tasks[what], completed=done // unit)
 
-        report = upcycle(
-            source, dest, num_experts=num_experts, top_k=top_k, dtype=dtype, seed=seed, progress=tell
-        )
+        report = upcycle(source, dest, num_experts=num_experts, top_k=top_k, dtype=dtype, seed=seed, progress=tell)
     for line in report.lines():
         console.print(f"  {line}", soft_wrap=True)
     return report

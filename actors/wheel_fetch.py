@@ -89,9 +89,7 @@ def _run(command: list[str], log: Path, tmp_dir: Path, on_poll: Callable[[], Non
     """Run a command to its end, or until an exception; return its status and everything it said."""
     environment = os.environ | {"TMPDIR": str(tmp_dir)}
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment)
         try:
             while (status := _wait(process)) is None:
                 on_poll()

@@ -59,9 +59,7 @@ def _rope(config: ModelConfig, num_positions: int) -> tuple[Tensor, Tensor]:
     return RotaryTable(config, "cpu").rows(torch.arange(num_positions))
 
 
-def _attention(
-    h_WSD: Tensor, weights: _LayerWeights, config: ModelConfig, cos_S1d: Tensor, sin_S1d: Tensor
-) -> Tensor:
+def _attention(h_WSD: Tensor, weights: _LayerWeights, config: ModelConfig, cos_S1d: Tensor, sin_S1d: Tensor) -> Tensor:
     """Causal grouped-query attention of whole windows, through the output projection (W, S, D)."""
     W, S, D = h_WSD.shape
     d = config.head_dim

@@ -128,9 +128,7 @@ def read_model_config(
     )
 
 
-def llama3_scaling(
-    factors: tuple[float, ...], head_dim: int, theta: float, metadata: GgufMetadata
-) -> RopeScaling:
+def llama3_scaling(factors: tuple[float, ...], head_dim: int, theta: float, metadata: GgufMetadata) -> RopeScaling:
     """Find the Llama 3.x rule that gives these frequency divisors; refuse when none does."""
     for factor in (8.0, 32.0):
         scaling = RopeScaling(kind="llama3", factor=factor, original_max_context=8192)

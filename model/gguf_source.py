@@ -71,9 +71,7 @@ class GgufSource:
         """The shape of the tensor that `read` returns."""
         return tuple(int(size) for size in reversed(self._find(self._stored_names[name]).shape))
 
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-    ) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
         """Dequantise one tensor; wq and wk come in Hugging Face (half-rotation) row order."""
         tensor = self._find(self._stored_names[name])
         try:

@@ -89,9 +89,7 @@ def upcycle(
 
 def _mixture_config(dense: DenseSource, num_experts: int, top_k: int) -> ModelConfig:
     if dense.config.is_moe:
-        raise UpcycleError(
-            f"{dense.path}: has {dense.config.num_experts} experts already; give a dense model"
-        )
+        raise UpcycleError(f"{dense.path}: has {dense.config.num_experts} experts already; give a dense model")
     if num_experts < 2:
         raise UpcycleError(f"num_experts must be at least 2, got {num_experts}")
     if not 1 <= top_k <= num_experts:

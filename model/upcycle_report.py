@@ -34,8 +34,7 @@ class UpcycleReport:
             f"max/mean load per layer: {_spread([router.max_load for router in self.routers])}",
             f"same top expert for the next token: {_spread([router.same_next for router in self.routers])}, "
             f"by chance {chance:.2f}",
-            f"weight of the first of two experts: {low:.2f} / {median:.2f} / {high:.2f} "
-            "(5 / 50 / 95 % of tokens)",
+            f"weight of the first of two experts: {low:.2f} / {median:.2f} / {high:.2f} (5 / 50 / 95 % of tokens)",
         ]
 
 

@@ -27,8 +27,6 @@ class WeightSource(Protocol):
         """The shape of the tensor that `read` returns."""
         ...
 
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-    ) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
         """Read one tensor; wq and wk come in Hugging Face (half-rotation) row order."""
         ...

@@ -18,7 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.demo_model import SMOLLM2, DemoModelError, DemoRecipe, ensure_demo_model, user_cache_dir
+from actors.cache_dir import user_cache_dir
+from actors.demo_model import SMOLLM2, DemoModelError, DemoRecipe, ensure_demo_model
 from actors.wheel_fetch import FetchError, PinnedWheel, fetch_member
 from model.checkpoint import Checkpoint
 from tests.support.checkpoints import write_dense_llama
