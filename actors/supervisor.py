@@ -100,7 +100,7 @@ class Supervisor:
         await self._publisher.close()
 
     async def _run(self) -> None:
-        self._adopt()
+        await self._adopt()
         while True:
             try:
                 await self._round()
@@ -109,10 +109,14 @@ class Supervisor:
             settled = not self._experts.state.expert_map.missing()
             await asyncio.sleep(ROUND_S if settled else STARTING_ROUND_S)
 
-    def _adopt(self) -> None:
-        """Finds what an earlier supervisor started."""
+    async def _adopt(self) -> None:
+        """Finds what an earlier supervisor started, and goes on from the newest map it published."""
         self._experts.fleet.adopt(replica.replica_id for replica in self._blueprint.replicas())
         self._coordinators.fleet.adopt(self._blueprint.coordinator_ids)
+        views = (await self._coordinators.fleet.observe()).values()
+        epoch = max((int(view.info["map_epoch"]) for view in views if view.info is not None), default=0)
+        shape = self._blueprint.checkpoint.config
+        self._experts.state = ReconcileState.initial(shape.num_layers, shape.num_experts, epoch)
 
     async def _round(self) -> None:
         nodes = tuple(

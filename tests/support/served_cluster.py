@@ -1,5 +1,6 @@
 """A real cluster for end-to-end tests: `octavo serve` in a process of its own, as a person would type it."""
 
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from actors.status import ClusterStatus
 from actors.supervisor_client import find_supervisor
 
 NAMESPACE = "octavo"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 90.0
 COMMAND_TIMEOUT_S = 120.0
@@ -39,6 +41,7 @@ class ServedCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_stop_with_parent,
             )
         self._wait_until_ready()
 
@@ -105,6 +108,11 @@ def environment(home: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
+
+
+def _stop_with_parent() -> None:
+    """Asks the kernel for SIGINT when the test process dies, so that a killed test run leaves nothing either."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def free_port() -> int:
