@@ -115,10 +115,18 @@ class Fleet:
         self.stopping.add(task)
         task.add_done_callback(self.stopping.discard)
 
-    async def stop_all(self, *, drain_s: float) -> None:
+    async def drain_all(self, *, drain_s: float) -> None:
+        """Tells everybody to take nothing new, and waits up to `drain_s` seconds for what they have."""
+        members = list(self.members.values())
+        drains = [one.actor.call("drain", drain_s, timeout_s=drain_s + INFO_TIMEOUT_S) for one in members]
+        for member, result in zip(members, await asyncio.gather(*drains, return_exceptions=True), strict=True):
+            if isinstance(result, BaseException):
+                LOG.info("%s did not drain: %s", member.process_id, result)
+
+    async def stop_all(self) -> None:
         """`stop`, for everybody at once."""
         members = list(self.members.values())
-        await asyncio.gather(*(self.stop(one.process_id, one.incarnation, drain_s=drain_s) for one in members))
+        await asyncio.gather(*(self.stop(one.process_id, one.incarnation, drain_s=0.0) for one in members))
 
     async def stop(self, process_id: str, incarnation: int, *, drain_s: float) -> None:
         """Ends a process; with `drain_s` > 0 it answers what it has first. One that is gone is no error."""

@@ -214,9 +214,11 @@ def deploy(application: serve.Application, *, name: str) -> None:
         raise RuntimeFailure(f"the HTTP front door did not start: {_first_line(error)}") from None
 
 
-def undeploy() -> None:
-    """Stops Serve: ingress replicas finish what they have, then the proxies end."""
-    with contextlib.suppress(ray.exceptions.RayError):
+def undeploy(name: str) -> None:
+    """Ends an application, whose replicas first answer what they have, and then Serve itself."""
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+        serve.delete(name)  # shutdown alone would end the proxies in the middle of an answer
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
         serve.shutdown()
 
 

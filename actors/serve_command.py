@@ -52,8 +52,9 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
         status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
         show_placement(status, console)
         ray_runtime.start_http(host, port)
-        undo.callback(ray_runtime.undeploy)
+        undo.callback(ray_runtime.undeploy, config.namespace)
         ray_runtime.deploy(build_app(config), name=config.namespace)
+        undo.callback(supervisor.drain, config.drain_timeout_s)
         console.print(_banner(status, host, port, time.monotonic() - began), soft_wrap=True)
         stop.wait()
         console.print("draining ...")
@@ -64,7 +65,7 @@ def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClien
     if find_supervisor(config.namespace) is not None:
         raise RuntimeFailure(f"an octavo cluster named {config.namespace!r} already runs there: see octavo status")
     supervisor = ensure_supervisor(config)
-    undo.callback(supervisor.retire, config.drain_timeout_s)
+    undo.callback(supervisor.retire)
     return supervisor
 
 

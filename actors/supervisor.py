@@ -90,13 +90,18 @@ class Supervisor:
             "system_fingerprint": status.system_fingerprint,
         }
 
-    async def retire(self, drain_s: float) -> None:
-        """Drains the coordinators for up to `drain_s` seconds, then ends every process; nothing is restarted."""
+    async def drain(self, drain_s: float) -> None:
+        """Coordinators take nothing new and get up to `drain_s` seconds for what they have; nothing is restarted."""
         self._retired = True
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
-        await self._coordinators.fleet.stop_all(drain_s=drain_s)
-        await self._experts.fleet.stop_all(drain_s=0.0)
+        await self._coordinators.fleet.drain_all(drain_s=drain_s)
+
+    async def retire(self) -> None:
+        """Ends every process, whatever it is doing; `drain` first where that matters."""
+        await self.drain(0.0)
+        await self._coordinators.fleet.stop_all()
+        await self._experts.fleet.stop_all()
         await self._publisher.close()
 
     async def _run(self) -> None:
