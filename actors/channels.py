@@ -36,15 +36,17 @@ _SHARED_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.compression_enabled_algorithms_bitset", _ONLY_IDENTITY),
-    ("grpc.keepalive_time_ms", 10_000),
+    # A peer that is frozen, or behind a dead network, is noticed after at most ten seconds.
+    ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
 _SERVER_OPTIONS = (
     *_SHARED_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.max_concurrent_streams", MAX_CONCURRENT_RPCS),
 )
 _CLIENT_OPTIONS = (

@@ -20,10 +20,9 @@ from actors.channels import GrpcServer, WireCredentials, serve_grpc
 from actors.compute_thread import ComputeThread
 from actors.expert_replica import ExpertReplica, state_name
 from actors.expert_service import SERVICE, ExpertService, LoadError
-from model.checkpoint import Checkpoint, CheckpointError, Expert
-from model.config import ModelConfigError
+from model.checkpoint import Checkpoint, Expert
 from model.experts import Calibrations, ExpertColumn
-from model.kernels import KernelError, default_kernel
+from model.kernels import default_kernel
 from protos.expert_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY
 
 LOG = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class ExpertActor:
         tls_key: str | None = None,
         tls_ca: str | None = None,
         threads: int = 1,
-        max_queue_tokens: int = 65_536,
+        max_queue_tokens: int = 16_384,
         min_map_epoch: int = 0,
     ) -> None:
         _check(replica_id, expert_ids, first_layer, num_layers, max_queue_tokens)
@@ -78,6 +77,7 @@ class ExpertActor:
         self._server: GrpcServer | None = None
         self._loading: asyncio.Task[None] | None = None
         self._load_lock = asyncio.Lock()
+        self._stopping = False
 
     async def start(self) -> str:
         """Binds the port, begins to load, and returns `host:port` without waiting for the weights.
@@ -134,6 +134,7 @@ class ExpertActor:
         """Ends loading, serving and computing. Streams are cut, so peers know at once."""
         if self._server is None:
             return
+        self._stopping = True
         await self._server.stop(_STOP_GRACE_S if self._replica.inflight_tokens else 0.0)
         await self._compute.stop()
         if self._loading is not None:
@@ -153,7 +154,7 @@ class ExpertActor:
             for expert in self._replica.experts:
                 load = self._loader(self._checkpoint, expert, self._replica.layers)
                 self._replica.add(expert, await self._compute.call(load))
-        except (LoadError, CheckpointError, ModelConfigError, KernelError, OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is: who waits for this replica must be told
             LOG.exception("%s cannot load", self._replica.replica_id)
             self._replica.settle(REPLICA_STATE_FAILED, f"{type(error).__name__}: {error}")
             return
@@ -174,7 +175,8 @@ class ExpertActor:
             loader.start()
             try:
                 column = await loader.call(self._loader(checkpoint, expert, layers))
-            except (CheckpointError, KernelError, OSError, RuntimeError) as error:
+            except Exception as error:
+                LOG.exception("%s cannot load expert %d", self._replica.replica_id, expert)
                 raise LoadError(f"{type(error).__name__}: {error}") from error
             finally:
                 await loader.stop()
@@ -186,6 +188,8 @@ class ExpertActor:
         kernel = default_kernel(checkpoint.dtype, device) if self._kernel == "auto" else self._kernel
 
         def note(name: str, _nbytes: int) -> None:
+            if self._stopping:
+                raise LoadError("stopped while loading")
             self._replica.progress.bytes_loaded += checkpoint.nbytes(name)
 
         def load() -> ExpertColumn:

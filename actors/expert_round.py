@@ -64,6 +64,7 @@ class Part:
     rows: slice
     link: ReplicaLink | None = None
     reply: asyncio.Future[ExpertReply] | None = None
+    sent_s: float = 0.0
     rejections: int = 0
     pursued: bool = False
     tried: set[ReplicaId] = field(default_factory=set)
@@ -130,6 +131,7 @@ class ExpertRound:
             hidden=self._hidden_ND[part.rows],
         )
         part.link = link
+        part.sent_s = self._loop.time()
         part.reply = link.send(request)
         return part.reply
 
@@ -182,17 +184,18 @@ class ExpertRound:
                 self._finished.set_exception(error)
 
     async def _outcome(self, part: Part) -> _Failure | None:
-        """Waits for the attempt under way; gives it up when it takes long and somebody else can do it."""
+        """Waits for the attempt under way; leaves it when it takes long and somebody else can do it."""
         if part.reply is None:
             return _Failure("UNREACHABLE", self._pool.why_not(self._layer, part.expert))
         while not part.reply.done():
-            wait_s = min(self._patience.attempt_s, self._remaining_s())
-            if wait_s <= 0:
+            if self._remaining_s() <= 0:
                 raise self._unavailable(part, "no answer before the deadline")
-            await asyncio.wait((part.reply,), timeout=wait_s)
-            if not part.reply.done() and self._others(part):
-                part.reply.cancel()
+            overdue_s = self._loop.time() - part.sent_s - self._patience.attempt_s
+            if overdue_s >= 0 and self._others(part):
+                # Not cancelled: whenever it answers, its link is trusted again.
                 return _Failure("SLOW", f"no answer within {self._patience.attempt_s:g} s")
+            wait_s = -overdue_s if overdue_s < 0 else self._patience.attempt_s
+            await asyncio.wait((part.reply,), timeout=min(wait_s, self._remaining_s()))
         return self._take(part, part.reply)
 
     def _note(self, part: Part, failure: _Failure) -> None:
@@ -202,6 +205,8 @@ class ExpertRound:
         LOG.info("expert %d, layer %d at %s: %s", part.expert, self._layer, who, failure)
         if part.link is not None:
             part.tried.add(part.link.replica.replica_id)
+            if failure.kind == "SLOW":
+                part.link.mark_suspect()
             if failure.kind == "DRAINING":
                 part.link.mark_draining()
         if failure.kind in _REJECTION_NAMES:

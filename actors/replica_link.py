@@ -8,6 +8,7 @@ asked again after a growing pause. Which replica gets which rows is `actors.remo
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
 
 from actors.transport import (
     ExpertReply,
@@ -53,6 +54,7 @@ class ReplicaLink:
     ) -> None:
         self.replica = replica
         self.failure = "not connected yet"
+        self.suspect = False
         self._open_transport = open_transport
         self._counters = counters
         self._inflight = inflight
@@ -79,8 +81,12 @@ class ReplicaLink:
         self._inflight[replica_id] = self._inflight.get(replica_id, 0) + rows
         self._unanswered += 1
         self._idle.clear()
-        future.add_done_callback(lambda _: self._answered(rows))
+        future.add_done_callback(partial(self._answered, rows))
         return future
+
+    def mark_suspect(self) -> None:
+        """It took too long: others are preferred until it answers anything, or is connected to afresh."""
+        self.suspect = True
 
     def mark_draining(self) -> None:
         """The replica said it takes nothing new: it gets nothing until it is connected to afresh."""
@@ -125,13 +131,16 @@ class ReplicaLink:
         await transport.connect(CONNECT_TIMEOUT_S)
         self._transport = transport
         self._draining = False
+        self.suspect = False
         self.failure = "connected"
         LOG.info("%s is connected", self.replica.replica_id)
         self._on_change()
         await transport.closed.wait()
         raise TransportError(transport.reason)
 
-    def _answered(self, rows: int) -> None:
+    def _answered(self, rows: int, reply: asyncio.Future[ExpertReply]) -> None:
+        if not reply.cancelled() and reply.exception() is None:
+            self.suspect = False
         self._inflight[self.replica.replica_id] -= rows
         self._unanswered -= 1
         if self._unanswered == 0:

@@ -58,12 +58,12 @@ class ReplicaPool:
         return 0 if self._map is None else self._map.epoch
 
     def able(self, layer: int, expert: int) -> list[ReplicaLink]:
-        """Links to which rows of this expert can be sent now, best first."""
+        """Links to which rows of this expert can be sent now, best first, those under suspicion last."""
         if self._map is None:
             return []
         ranked = candidates(self._map, LayerId(layer), ExpertId(expert), self._inflight, self._usable)
         links = [self._links[replica.replica_id] for replica in ranked]
-        return [link for link in links if link.usable]
+        return sorted((link for link in links if link.usable), key=lambda link: link.suspect)
 
     def apply_map(self, new: ExpertMap) -> None:
         """Switches to `new` at once; applying the map in force again does nothing. Raises MapRejected."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -197,7 +198,7 @@ def test_remote_equals_local_bit_for_bit(model: Path, kernel: str, groups: list[
     run(work())
 
 
-def test_a_process_killed_in_the_middle_of_a_message_changes_no_bit(model: Path) -> None:
+def test_a_process_frozen_or_killed_in_the_middle_of_a_message_changes_no_bit(model: Path) -> None:
     async def work() -> None:
         everything = list(range(EXPERTS))
         names = ("a", "b")
@@ -210,14 +211,20 @@ def test_a_process_killed_in_the_middle_of_a_message_changes_no_bit(model: Path)
         try:
             async with remote(map_of(*replicas, experts=EXPERTS)) as experts:
                 assert torch.equal(await experts.run(0, plan), oracle.run(0, plan))
+                processes[0].send_signal(signal.SIGSTOP)  # its sockets stay open: only its silence tells
+                started_s = time.monotonic()
+                assert torch.equal(await experts.run(0, plan), oracle.run(0, plan))
+                assert time.monotonic() - started_s < 15
+                processes[0].send_signal(signal.SIGCONT)
+                await experts.wait_ready(30, all_replicas=True)
                 processes[0].send_signal(signal.SIGSTOP)  # it will have the rows, and not have answered
                 running = asyncio.create_task(experts.run(1, plan))
                 done, _ = await asyncio.wait({running}, timeout=0.5)
                 assert not done
                 processes[0].kill()
                 assert torch.equal(await running, oracle.run(1, plan))
-                assert experts.stats.retries >= 1
-                assert experts.stats.retry_reasons["CONNECTION"] >= 1
+                assert experts.stats.retries >= 2
+                assert experts.stats.retry_reasons["CONNECTION"] >= 2
                 for layer in range(LAYERS):
                     assert torch.equal(await experts.run(layer, plan), oracle.run(layer, plan))
         finally:
@@ -477,15 +484,37 @@ def test_the_only_replica_that_is_silent_is_waited_for_until_the_deadline() -> N
     run(work())
 
 
-def test_a_silent_replica_is_passed_over_when_another_is_there() -> None:
+def test_a_silent_replica_is_passed_over_until_it_answers() -> None:
     async def work() -> None:
         lanes = FakeLanes()
         async with remote(map_of(info("a"), info("b"), experts=1), lanes, attempt_s=0.05) as experts:
-            lanes["a"].silent = True
-            plan = plan_of([3])
+            slow, plan = lanes["a"], plan_of([3])
+            slow.silent = True
             assert torch.equal(await experts.run(0, plan), expected(plan, 0))
             assert experts.stats.retry_reasons == {"SLOW": 1}
-            assert lanes["a"].replies[0].cancelled()
+            assert torch.equal(await experts.run(1, plan), expected(plan, 1))  # at once, from the other
+            assert (len(slow.requests), experts.stats.retries) == (1, 1)
+            slow.silent = False
+            slow.replies[0].set_result(slow.fine(slow.requests[0]))
+            await asyncio.sleep(0)  # its callbacks run
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert (len(slow.requests), experts.stats.retries) == (2, 1)
+
+    run(work())
+
+
+def test_a_replica_under_suspicion_is_better_than_none() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), info("b"), experts=1), lanes, attempt_s=0.05) as experts:
+            plan = plan_of([3])
+            lanes["a"].silent = True
+            await experts.run(0, plan)
+            lanes["a"].silent = False
+            lanes.unreachable = {"b"}
+            lanes["b"].fail()
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert len(lanes["a"].requests) == 2
 
     run(work())
 
