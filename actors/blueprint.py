@@ -140,4 +140,5 @@ def process_env(threads: int) -> Mapping[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "TOKENIZERS_PARALLELISM": "false",
+        "GRPC_VERBOSITY": "ERROR",
     }
