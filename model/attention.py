@@ -34,7 +34,7 @@ _LOWEST = -80.0  # exp of less is worth nothing beside the 1.0 of the largest, a
 _ROW_CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 _BATCH_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _BATCH_ROWS = 512
-_BATCH_POOL = 3
+_BATCH_POOL = 2
 
 Partial = tuple[Tensor, Tensor]  # the largest score (.., R, 1), and sums relative to it (.., R, e)
 

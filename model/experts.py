@@ -6,7 +6,7 @@ Choosing which rows go to which expert is `model.dispatch`'s work.
 Tensor suffixes: M rows of one call, D model dim, F ffn dim, N routed rows.
 """
 
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from model.dispatch import DispatchPlan
 from model.kernels import Kernel, PackedLinear, get_kernel, numerics_domain, self_test
+from model.memory import release_freed_memory
 from model.numerics import RowClass, calibrate_rows, map_rows, row_candidates
 from model.weight_source import WeightSource
 
 OnTensor = Callable[[str, int], None]
-Calibrations = MutableMapping[Hashable, RowClass]
+Calibrations = dict[Hashable, RowClass]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,6 +149,7 @@ def _load_ffn(
     def packed(part: str) -> PackedLinear:
         name = f"layers.{layer}.experts.{expert}.{part}"
         weight = kernel.pack(checkpoint.read(name, torch.float32, device))
+        release_freed_memory()
         if on_tensor is not None:
             on_tensor(name, weight.weight_bytes)
         return weight

@@ -18,7 +18,7 @@ from torch import Tensor
 RowFunction = Callable[[Tensor], Tensor]
 
 ROW_CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_POOL_ROWS = 8
+_POOL_ROWS = 4
 _ALIGNMENT_BYTES = 64
 _CALL_COST_ROWS = 16  # reading the weights once costs about as much as the arithmetic of this many rows
 _ALWAYS_CALIBRATED = 32
@@ -67,7 +67,7 @@ def row_candidates(flops_per_row: float) -> tuple[int, ...]:
     chosen: list[int] = []
     total = 0.0
     for rows in ROW_CANDIDATES:
-        total += max(rows, _POOL_ROWS) * flops_per_row
+        total += rows * len(_shifts(rows, _POOL_ROWS)) * flops_per_row
         if rows > _ALWAYS_CALIBRATED and total > _CALIBRATION_FLOPS:
             break
         chosen.append(rows)
@@ -119,11 +119,20 @@ def calibrate_rows(
 def _answers(fn: RowFunction, pool_PI: Tensor, rows: int) -> Tensor | None:
     """`fn` of each pool row in calls of `rows` rows; None if the position in the call changes the bits."""
     pool = len(pool_PI)
-    calls = -(-pool // rows)
-    wanted = torch.arange(calls * rows, device=pool_PI.device) % pool
-    outputs = torch.cat([fn(pool_PI[wanted[at : at + rows]]) for at in range(0, len(wanted), rows)])
-    answer_PO = outputs[:pool].clone()
-    return answer_PO if same_bits(outputs, answer_PO[wanted]) else None
+    calls = [[(at + shift) % pool for at in range(rows)] for shift in _shifts(rows, pool)]
+    outputs = torch.cat([fn(pool_PI[wanted]) for wanted in calls])
+    order = [row for wanted in calls for row in wanted]
+    answer_PO = outputs[[order.index(row) for row in range(pool)]]
+    return answer_PO if same_bits(outputs, answer_PO[order]) else None
+
+
+def _shifts(rows: int, pool: int) -> range:
+    """How to turn the pool so that all positions of a call are compared with each other.
+
+    One turn gives every position two rows and every row two positions, which links them all; short calls are
+    made in all turns, so that every row is seen.
+    """
+    return range(pool if rows <= pool else 2)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

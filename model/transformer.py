@@ -26,6 +26,7 @@ from model.dispatch import DispatchPlan, combine, dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts, OnTensor
 from model.kernels import PackedLinear, default_kernel, get_kernel, numerics_domain, self_test
 from model.kv_cache import KVCache
+from model.memory import release_freed_memory
 from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
 from model.rope import RotaryTable, apply_rope_
 from model.weight_source import WeightSource
@@ -257,6 +258,8 @@ class _BackboneLoader:
                 weight_OI[at : at + rows] = self._checkpoint.read(name, torch.float32, self._device)
                 at += rows
         packed = self._kernel.pack(weight_OI)
+        del weight_OI
+        release_freed_memory()
         self._kernels.add(packed.kernel)
         for name, (rows, _) in zip(names, shapes, strict=True):
             self._count(name, packed.weight_bytes * rows // packed.out_features)
