@@ -2,7 +2,7 @@
 reflection.
 
 Servers and clients are made here and nowhere else, so that one side never allows what the other refuses. What
-is said over a channel is the business of the services and of `actors.transport`.
+is said over a channel is the business of the services and of `actors.dispatch.transport`.
 
 Every call needs the token: health and reflection too, because even their small messages are parsed, and
 nothing of a stranger's is parsed here. A probe that cannot send a header must therefore go through the
@@ -53,7 +53,7 @@ _CLIENT_OPTIONS = (
     *_SHARED_OPTIONS,
     ("grpc.enable_http_proxy", 0),  # peers are never behind the environment's web proxy
     ("grpc.use_local_subchannel_pool", 1),  # a new channel starts without an old one's back-off
-    ("grpc.enable_retries", 0),  # retries are counted where the rows are: actors.remote_experts
+    ("grpc.enable_retries", 0),  # retries are counted where the rows are: actors.dispatch.remote_experts
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),

@@ -48,7 +48,7 @@ def serve(
     tls_ca: Annotated[str | None, typer.Option(help="CA file: clients must show a certificate.")] = None,
 ) -> None:
     """Start the cluster and its OpenAI-compatible HTTP front door; Ctrl-C drains and stops everything."""
-    from actors import serve_command
+    from actors.command import serve as serve_command
     from cluster.config import ClusterConfig, from_environment
 
     fields = {field.name for field in dataclasses.fields(ClusterConfig)}
@@ -68,8 +68,8 @@ def status(
     namespace: Annotated[str, typer.Option(help="The cluster's namespace.")] = "octavo",
 ) -> None:
     """Show coordinators, expert replicas and expert load of a running cluster."""
-    from actors.status import render
-    from actors.status_command import current_status
+    from actors.command.status import current_status
+    from actors.supervision.status import render
 
     found = current_status(address, namespace)
     if as_json:
@@ -89,8 +89,8 @@ def chat(
     """Talk to a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves."""
     import openai
 
-    from actors.chat import Conversation
-    from actors.chat import chat as run_chat
+    from actors.command.chat import Conversation
+    from actors.command.chat import chat as run_chat
 
     messages = [{"role": "system", "content": system}] if system else []
     key = os.environ.get("OPENAI_API_KEY", "none")
@@ -113,7 +113,7 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Of the router's clustering.")] = 0,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that says the same (sparse upcycling)."""
-    from actors.demo_model import upcycle_with_progress
+    from actors.command.demo_model import upcycle_with_progress
 
     upcycle_with_progress(source, dest, num_experts=experts, top_k=top_k, seed=seed, console=_console())
 
@@ -125,7 +125,7 @@ def main() -> None:
     except Exception as error:  # the top of the process: known errors become one line
         if os.environ.get("OCTAVO_TRACEBACK"):
             raise
-        from actors.failures import one_line
+        from actors.command.failures import one_line
 
         print(f"octavo: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -2,7 +2,7 @@
 
     serve run actors.ingress:build_app model=/path/to/checkpoint replicas=2
 
-Routes are `actors.http_app`'s work, the cluster behind them `actors.launch`'s. Only this file and
+Routes are `actors.front.http_app`'s work, the cluster behind them `actors.supervision.launch`'s. Only this file and
 `actors.ray_runtime` know Ray Serve.
 """
 
@@ -16,11 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
-from actors.coordinator_client import CoordinatorClient
-from actors.front_door import FrontDoor, FrontLimits, load_front
-from actors.http_app import create_app
-from actors.launch import Endpoints, ensure_cluster
-from actors.openai_errors import OVERLOADED_RETRY_AFTER_S, param_of
+from actors.front.coordinator_client import CoordinatorClient
+from actors.front.front_door import FrontDoor, FrontLimits, load_front
+from actors.front.http_app import create_app
+from actors.front.openai_errors import OVERLOADED_RETRY_AFTER_S, param_of
+from actors.supervision.launch import Endpoints, ensure_cluster
 from cluster.config import ClusterConfig, ConfigError
 
 LOG = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 built.
 """
 
-from actors.remote_experts import MapRejected
+from actors.dispatch.remote_experts import MapRejected
 from cluster.expert_map import ExpertMap, ExpertMapError, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos.coordinator_pb2 import PublishMapRequest, Replica
@@ -25,14 +25,10 @@ def map_from_wire(request: PublishMapRequest) -> ExpertMap:
     """The published map. Raises MapRefused when it contradicts itself or is larger than any model."""
     for name, limit in (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS)):
         if not 1 <= getattr(request, name) <= limit:
-            raise MapRefused(
-                STATUS_INVALID, f"{name} is {getattr(request, name)}, but must be from 1 to {limit}"
-            )
+            raise MapRefused(STATUS_INVALID, f"{name} is {getattr(request, name)}, but must be from 1 to {limit}")
     places = sum(one.num_layers * len(one.expert_ids) for one in request.replicas)
     if places > MAX_PLACES:
-        raise MapRefused(
-            STATUS_INVALID, f"replicas hold {places} pairs of layer and expert, but at most {MAX_PLACES}"
-        )
+        raise MapRefused(STATUS_INVALID, f"replicas hold {places} pairs of layer and expert, but at most {MAX_PLACES}")
     try:
         return ExpertMap(
             request.map_epoch, request.num_layers, request.num_experts, tuple(map(_replica, request.replicas))

@@ -1,6 +1,6 @@
 """The only module that talks to Ray's core API: clusters, nodes, named actors, and calls to them.
 
-What to start where is decided in `cluster/` and ordered by `actors.supervisor`. Nothing here is on the data
+What to start where is decided in `cluster/` and ordered by `actors.supervision.supervisor`. Nothing here is on the data
 plane: between two decode steps nobody calls this module.
 """
 
@@ -82,6 +82,8 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
     which a local cluster asks for unless RAY_AUTH_MODE says differently (it must be set before Ray is imported).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's workers are nice to everybody else by default; here they are what the machine is for.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address="local",

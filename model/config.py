@@ -1,6 +1,6 @@
 """The numbers that define a model, as one frozen value.
 
-Reading them from a checkpoint's JSON is `model.config_reader`'s work.
+Reading them from a checkpoint's JSON is `model.storage.config_reader`'s work.
 """
 
 from dataclasses import dataclass

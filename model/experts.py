@@ -16,7 +16,7 @@ from model.dispatch import DispatchPlan
 from model.kernels import Kernel, PackedLinear, get_kernel, numerics_domain, self_test
 from model.memory import release_freed_memory
 from model.numerics import RowClass, calibrate_rows, map_rows, row_candidates
-from model.weight_source import WeightSource
+from model.storage.weight_source import WeightSource
 
 OnTensor = Callable[[str, int], None]
 Calibrations = dict[Hashable, RowClass]

@@ -29,7 +29,7 @@ from model.kv_cache import KVCache
 from model.memory import release_freed_memory
 from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
 from model.rope import RotaryTable, apply_rope_
-from model.weight_source import WeightSource
+from model.storage.weight_source import WeightSource
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from actors.choice_text import Answer, ChoiceText, Delta, TextRules
+from actors.front.choice_text import Answer, ChoiceText, Delta, TextRules
 from protos.coordinator_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from actors.compute_thread import ComputeThread
+from actors.expert.compute_thread import ComputeThread
 from tests.support.experts import run
 
 

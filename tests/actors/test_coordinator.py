@@ -12,9 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.channels import WireCredentials, open_channel
-from actors.coordinator import Coordinator
-from actors.coordinator_client import CoordinatorClient, CoordinatorLost
-from actors.expert import ExpertActor
+from actors.coordinator.actor import Coordinator
+from actors.expert.actor import ExpertActor
+from actors.front.coordinator_client import CoordinatorClient, CoordinatorLost
 from actors.map_wire import map_to_wire
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap, ReplicaInfo
@@ -181,9 +181,7 @@ async def test_experts_over_grpc_give_the_tokens_and_logprobs_of_one_process(che
     for outputs, story in zip(told, expected, strict=True):
         assert tokens(outputs) == story.tokens
         places = [place for one in outputs for place in one.logprobs]
-        assert [place.chosen.logprob for place in places] == [
-            place.chosen.logprob for place in story.logprobs
-        ]
+        assert [place.chosen.logprob for place in places] == [place.chosen.logprob for place in story.logprobs]
         assert [[top.logprob for top in place.top] for place in places] == [
             [top.logprob for top in place.top] for place in story.logprobs
         ]
@@ -230,9 +228,7 @@ async def test_it_says_who_and_what_it_is(checkpoint: Path) -> None:
     assert info["map_epoch"] == 1
     assert info["kernel"] == "fp32"
     assert "kernel=fp32" in info["numerics_domain"]
-    block_bytes = (
-        2 * LAYERS * 2 * 32 * 16 * 4
-    )  # keys and values, layers, kv heads, positions, head size, fp32
+    block_bytes = 2 * LAYERS * 2 * 32 * 16 * 4  # keys and values, layers, kv heads, positions, head size, fp32
     assert info["kv_blocks_total"] == (1 << 20) // block_bytes
     assert (info["kv_block_size"], info["max_model_len"]) == (32, 512)
     for name in ("pid", "weights_id", "weight_bytes", "max_model_len", "kernel", "state"):

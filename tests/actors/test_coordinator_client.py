@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.channels import WireCredentials
-from actors.coordinator_client import CoordinatorClient, CoordinatorLost, OpenRequest
+from actors.front.coordinator_client import CoordinatorClient, CoordinatorLost, OpenRequest
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,

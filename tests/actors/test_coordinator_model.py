@@ -7,10 +7,10 @@ import psutil
 import pytest
 import torch
 
-from actors.coordinator_model import LoadProgress, eos_token_ids, load_model, make_kv_cache, num_threads
+from actors.coordinator.loading import LoadProgress, eos_token_ids, load_model, make_kv_cache, num_threads
 from cluster.budget import BudgetError
 from cluster.config import ClusterConfig
-from model.checkpoint import COORDINATOR, Checkpoint
+from model.storage.checkpoint import COORDINATOR, Checkpoint
 from tests.support.checkpoints import write_mixtral
 from tests.support.tokenizers import write_byte_tokenizer
 

@@ -4,8 +4,8 @@ from contextlib import aclosing
 
 import pytest
 
-from actors.coordinator_client import CoordinatorLost
-from actors.coordinator_pool import CoordinatorPool
+from actors.front.coordinator_client import CoordinatorLost
+from actors.front.coordinator_pool import CoordinatorPool
 from protos.coordinator_pb2 import SequenceOutput, Submit
 from protos.expert_pb2 import STATUS_OVERLOADED
 from tests.support.front import run

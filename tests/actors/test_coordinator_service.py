@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from actors.channels import WireCredentials
-from actors.generate_stream import GenerateStream
+from actors.coordinator.generate_stream import GenerateStream
+from actors.coordinator.outbox import Outbox
 from actors.map_wire import map_from_wire, map_to_wire
-from actors.outbox import Outbox
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos.coordinator_pb2 import (
@@ -331,9 +331,7 @@ async def test_a_published_map_is_applied_and_its_epoch_told(model: TinyModel) -
     ],
     ids=str,
 )
-async def test_a_map_that_cannot_be_is_refused(
-    model: TinyModel, change: dict[str, object], complaint: str
-) -> None:
+async def test_a_map_that_cannot_be_is_refused(model: TinyModel, change: dict[str, object], complaint: str) -> None:
     request = PublishMapRequest(**{"map_epoch": 1, "num_layers": 1, "num_experts": 2, **change})  # type: ignore[arg-type]
     async with served(model) as one, raw_stream(one.address) as stream:
         reply = await stream.stub.PublishMap(request)

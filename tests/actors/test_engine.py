@@ -14,11 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from actors.engine_io import EXPIRED, STOPPED, GenerationRequest
-from actors.remote_experts import ExpertUnavailable
+from actors.coordinator.engine_io import EXPIRED, STOPPED, GenerationRequest
+from actors.dispatch.remote_experts import ExpertUnavailable
 from cluster.scheduler import QueueFull, RequestTooLong
 from cluster.sequence import FinishReason, SequenceError
-from model.sampling import SamplingParams
+from model.sampling.sampler import SamplingParams
 from protos.expert_pb2 import STATUS_DEADLINE_EXCEEDED, STATUS_INTERNAL
 from tests.support.checkpoints import write_mixtral
 from tests.support.engines import (
@@ -83,9 +83,7 @@ def mixed_requests(count: int = 32) -> list[GenerationRequest]:
     return requests
 
 
-def reference_tokens(
-    reference: transformers.MixtralForCausalLM, prompt: Sequence[int], count: int
-) -> list[int]:
+def reference_tokens(reference: transformers.MixtralForCausalLM, prompt: Sequence[int], count: int) -> list[int]:
     ids = torch.tensor([prompt])
     model: Any = reference
     out = model.generate(
@@ -123,9 +121,7 @@ async def test_prompt_logprobs_are_those_of_transformers(
     assert len(story.prompt_logprobs) == len(prompt) - 1
     for position, place in enumerate(story.prompt_logprobs):
         assert place.chosen.token == prompt[position + 1]
-        assert place.chosen.logprob == pytest.approx(
-            expected[position, prompt[position + 1]].item(), abs=1e-4
-        )
+        assert place.chosen.logprob == pytest.approx(expected[position, prompt[position + 1]].item(), abs=1e-4)
         assert [one.token for one in place.top] == expected[position].topk(3).indices.tolist()
 
 
@@ -189,9 +185,7 @@ async def test_preemption_changes_no_bit(model: TinyModel) -> None:
     assert engine.scheduler.counters.recomputed_tokens > 0
 
 
-async def test_a_request_that_comes_later_changes_no_bit(
-    model: TinyModel, alone: list[tuple[object, ...]]
-) -> None:
+async def test_a_request_that_comes_later_changes_no_bit(model: TinyModel, alone: list[tuple[object, ...]]) -> None:
     """Requests come one by one while others run, and some go away again."""
     stories = Stories()
     engine = make_engine(model, stories, chunk=32)

@@ -14,9 +14,9 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors.channels import ChannelError
-from actors.expert import ExpertActor
-from actors.expert_service import SERVICE
-from model.checkpoint import Checkpoint, Expert
+from actors.expert.actor import ExpertActor
+from actors.expert.service import SERVICE
+from model.storage.checkpoint import Checkpoint, Expert
 from protos import expert_pb2 as pb
 from tests.support.checkpoints import write_mixtral
 from tests.support.experts import TOKEN, channel_to, run

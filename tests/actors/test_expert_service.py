@@ -11,8 +11,8 @@ import grpc
 import pytest
 import torch
 
-from actors.expert_service import SERVICE
-from actors.reply_stream import MAX_UNREAD_REPLIES, ReplyStream
+from actors.expert.reply_stream import MAX_UNREAD_REPLIES, ReplyStream
+from actors.expert.service import SERVICE
 from protos import codec
 from protos import expert_pb2 as pb
 from tests.support.experts import FAR_FUTURE_US, TOKEN, WIDTH, FakeColumn, Served, answer, channel_to, run, served

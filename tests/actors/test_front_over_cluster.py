@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from actors.http_app import create_app
-from model.tokenizer import load_tokenizer
+from actors.front.http_app import create_app
+from model.text.tokenizer import load_tokenizer
 from tests.support.checkpoints import write_mixtral
 from tests.support.front import run, serving
 from tests.support.tiny_cluster import TinyCluster, tiny_cluster

@@ -15,7 +15,7 @@ from tests.support.tokenizers import write_byte_tokenizer
 with warnings.catch_warnings():  # Ray Serve's own models use a form of pydantic's Field that is deprecated
     warnings.simplefilter("ignore", DeprecationWarning)
     from actors.ingress import build_app, limits_of, open_front, parse_args
-    from actors.launch import Endpoints
+    from actors.supervision.launch import Endpoints
 
 
 def test_the_texts_of_a_command_line_do() -> None:

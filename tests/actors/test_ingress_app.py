@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.coordinator_client import CoordinatorLost
-from actors.front_door import FrontDoor, FrontLimits
-from model.tokenizer import load_tokenizer
+from actors.front.coordinator_client import CoordinatorLost
+from actors.front.front_door import FrontDoor, FrontLimits
+from model.text.tokenizer import load_tokenizer
 from protos.coordinator_pb2 import SequenceOutput
 from protos.expert_pb2 import (
     STATUS_DEADLINE_EXCEEDED,

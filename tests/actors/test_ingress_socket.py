@@ -10,10 +10,10 @@ import httpx2
 import openai
 import pytest
 
-from actors.front_door import FrontDoor
-from actors.http_app import create_app
-from actors.streaming import ClientGone, unless_gone
-from model.tokenizer import load_tokenizer
+from actors.front.front_door import FrontDoor
+from actors.front.http_app import create_app
+from actors.front.streaming import ClientGone, unless_gone
+from model.text.tokenizer import load_tokenizer
 from protos.expert_pb2 import STATUS_INTERNAL, STATUS_OVERLOADED
 from tests.support.front import MODEL, VOCAB, make_front, run, serving
 from tests.support.scripted_coordinator import ScriptedCoordinator, failing, saying

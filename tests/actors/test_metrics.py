@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.metrics import MAX_LOAD_SERIES, FrontMetrics, sum_loads
+from actors.front.metrics import MAX_LOAD_SERIES, FrontMetrics, sum_loads
 from protos.coordinator_pb2 import LayerLoad, SnapshotReply
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from actors.openai_errors import (
+from actors.front.openai_errors import (
     ApiError,
     context_length_exceeded,
     from_output,
@@ -17,7 +17,7 @@ from actors.openai_errors import (
     overloaded,
     param_of,
 )
-from actors.openai_schema import (
+from actors.front.openai_schema import (
     MAX_PROMPTS,
     ChatCompletionRequest,
     CompletionRequest,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from actors.outbox import Outbox, OutboxOverflow, cut, entries, is_last, positions
+from actors.coordinator.outbox import Outbox, OutboxOverflow, cut, entries, is_last, positions
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,

@@ -12,14 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from actors.expert import ExpertActor
-from actors.remote_experts import ExpertUnavailable, MapRejected, Patience, RemoteExperts
-from actors.transport import ExpertReply, ExpertRequest, OpenTransport, TransportError, WireCounters, grpc_transports
+from actors.dispatch.remote_experts import ExpertUnavailable, MapRejected, Patience, RemoteExperts
+from actors.dispatch.transport import (
+    ExpertReply,
+    ExpertRequest,
+    OpenTransport,
+    TransportError,
+    WireCounters,
+    grpc_transports,
+)
+from actors.expert.actor import ExpertActor
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
-from model.checkpoint import Checkpoint
 from model.dispatch import DispatchPlan, dispatch
 from model.experts import ExpertColumn, LocalExperts
+from model.storage.checkpoint import Checkpoint
 from protos import expert_pb2 as pb
 from tests.support import expert_process
 from tests.support.checkpoints import write_mixtral

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from actors.batch_builder import build_step
-from actors.engine_io import Failure
-from actors.step_sampling import Choice, RowResult, sample_step
+from actors.coordinator.batch_builder import build_step
+from actors.coordinator.engine_io import Failure
+from actors.coordinator.step_sampling import Choice, RowResult, sample_step
 from cluster.ids import SequenceId
 from cluster.scheduler import ScheduledBatch, ScheduledSequence
 from cluster.sequence import Sequence
-from model.sampling import SamplerState, SamplingParams
+from model.sampling.sampler import SamplerState, SamplingParams
 from protos.expert_pb2 import STATUS_INTERNAL
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -40,9 +40,7 @@ def share(
     )
 
 
-def choice(
-    state: SamplerState | None = None, num_logprobs: int | None = None, prompt: int | None = None
-) -> Choice:
+def choice(state: SamplerState | None = None, num_logprobs: int | None = None, prompt: int | None = None) -> Choice:
     return Choice(state or SamplerState(GREEDY, ()), num_logprobs, prompt)
 
 
@@ -67,9 +65,7 @@ def test_shares_lie_side_by_side_and_rows_know_their_owner() -> None:
     ]
     assert [one.block_table for one in step.forward.sequences] == [(0,), (1,), (2,), (3,)]
     assert step.forward.logits_rows == (0, 1, 2, 3, 6, 7)
-    assert [one.item.sequence.seq_id for one in step.rows] == [0, 1, 3], (
-        "a chunk in mid-prompt needs no logits"
-    )
+    assert [one.item.sequence.seq_id for one in step.rows] == [0, 1, 3], "a chunk in mid-prompt needs no logits"
     assert [(one.prompt, one.sample) for one in step.rows] == [
         (slice(0, 0), 0),
         (slice(1, 4), None),

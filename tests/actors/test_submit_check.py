@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from actors.submit_check import InvalidSubmit, SubmitLimits, check_submit
+from actors.coordinator.submit_check import InvalidSubmit, SubmitLimits, check_submit
 from protos.coordinator_pb2 import Sampling, Submit
 
 LIMITS = SubmitLimits(vocab_size=300, max_model_len=64, request_timeout_s=600.0)

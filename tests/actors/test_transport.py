@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from actors.channels import WireCredentials, serve_grpc
-from actors.expert_service import SERVICE
-from actors.transport import ExpertReply, ExpertRequest, GrpcTransport, TransportError, WireCounters
+from actors.dispatch.transport import ExpertReply, ExpertRequest, GrpcTransport, TransportError, WireCounters
+from actors.expert.service import SERVICE
 from cluster.expert_map import ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos import codec

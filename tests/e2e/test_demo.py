@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from actors.demo_model import ensure_demo_model
-from actors.status import ClusterStatus
+from actors.command.demo_model import ensure_demo_model
+from actors.supervision.status import ClusterStatus
 from cluster.budget import PROCESS_BASE_BYTES
 from tests.support.served_cluster import ServedCluster
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from model.batch import ForwardBatch
-from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
-from model.tokenizer import load_tokenizer
+from model.storage.checkpoint import Checkpoint
+from model.text.tokenizer import load_tokenizer
 from model.transformer import load_local, run_local
 from tests.support.served_cluster import ServedCluster, environment, free_port, run
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from model.batch import ForwardBatch
-from model.calibration import ffn_inputs
-from model.calibration_text import (
+from model.kv_cache import KVCache
+from model.storage.checkpoint import Checkpoint
+from model.transformer import load_local
+from model.upcycling.calibration import ffn_inputs
+from model.upcycling.calibration_text import (
     ROUND,
     calibration_windows,
     standard_library_code,
     standard_library_prose,
 )
-from model.checkpoint import Checkpoint
-from model.kv_cache import KVCache
-from model.transformer import load_local
 from tests.support.checkpoints import write_dense_llama, write_dense_mistral
 
 LLAMA3 = {

@@ -15,8 +15,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from model.chat_template import ChatTemplate, ChatTemplateError
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.text.chat_template import ChatTemplate, ChatTemplateError
+from model.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.texts import HARD_TEXTS
 from tests.support.tokenizers import mixtral_sentencepiece, write_byte_tokenizer
 

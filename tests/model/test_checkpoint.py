@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.checkpoint import COORDINATOR, Checkpoint, CheckpointError, Expert
 from model.config import ModelConfigError
+from model.storage.checkpoint import COORDINATOR, Checkpoint, CheckpointError, Expert
 from tests.support.checkpoints import (
     write_dense_llama,
     write_dense_mistral,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from model.checkpoint import Checkpoint
-from model.checkpoint_writer import ShardedWriter
-from model.safetensors_file import CheckpointError
-from model.weight_files import find_weights, index_name, open_weights
+from model.storage.checkpoint import Checkpoint
+from model.storage.checkpoint_writer import ShardedWriter
+from model.storage.safetensors_file import CheckpointError
+from model.storage.weight_files import find_weights, index_name, open_weights
 from tests.support.checkpoints import write_mixtral
 from tests.support.crashing_writer import TENSORS
 from tests.support.crashing_writer import write as write_three_shards

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig, ModelConfigError
-from model.config_reader import config_path, read_config
+from model.storage.config_reader import config_path, read_config
 from tests.support.checkpoints import write_mistral_consolidated, write_mixtral
 
 # Mixtral-8x7B-v0.1's own file, as published (transformers 4).

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from model.detokenizer import IncrementalDetokenizer
-from model.pieces import DecodeRule, Piece, PieceDecoder, decode_utf8
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.text.detokenizer import IncrementalDetokenizer
+from model.text.pieces import DecodeRule, Piece, PieceDecoder, decode_utf8
+from model.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.texts import HARD_TEXTS
 from tests.support.tokenizers import mixtral_sentencepiece, write_byte_tokenizer
 

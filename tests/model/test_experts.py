@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, Expert
 from model.dispatch import dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts
 from model.kernels import KernelError
 from model.numerics import same_bits
+from model.storage.checkpoint import Checkpoint, Expert
 from tests.support.checkpoints import write_dense_llama, write_mixtral
 
 PEAK_PROGRAM = """
 import sys, torch
-from model.checkpoint import Checkpoint
+from model.storage.checkpoint import Checkpoint
 from model.experts import ExpertColumn
 
 def status(field):

@@ -10,12 +10,12 @@ from gguf import GGMLQuantizationType, quants
 from transformers import LlamaForCausalLM
 
 from model.batch import ForwardBatch
-from model.gguf_metadata import GgufError, GgufMetadata, llama3_divisors
-from model.gguf_source import GgufSource, canonical_name, half_rotation
 from model.kv_cache import KVCache
 from model.rope import inverse_frequencies
-from model.tensor_names import tensor_specs
+from model.storage.tensor_names import tensor_specs
 from model.transformer import load_local, run_local
+from model.upcycling.gguf_metadata import GgufError, GgufMetadata, llama3_divisors
+from model.upcycling.gguf_source import GgufSource, canonical_name, half_rotation
 from tests.support.checkpoints import write_dense_llama
 from tests.support.gguf_files import dense_tensors, write_gguf
 

@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from model.gguf_metadata import GgufError, GgufMetadata
-from model.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
-from model.tokenizer import load_tokenizer
+from model.text.tokenizer import load_tokenizer
+from model.upcycling.gguf_metadata import GgufError, GgufMetadata
+from model.upcycling.gguf_tokenizer import PRE_TOKENIZERS, write_tokenizer
 from tests.support.gguf_files import vocabulary_keys
 from tests.support.tokenizers import mixtral_sentencepiece, write_byte_tokenizer
 

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from model.batch import ForwardBatch
-from model.checkpoint import Checkpoint
+from model.storage.checkpoint import Checkpoint
 from tests.support.checkpoints import (
     write_dense_llama,
     write_dense_mistral,

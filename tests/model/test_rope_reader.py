@@ -10,8 +10,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.config import ModelConfigError, RopeScaling
-from model.config_fields import Fields
-from model.rope_reader import mistral_rope, rope_from_hugging_face
+from model.storage.config_fields import Fields
+from model.storage.rope_reader import mistral_rope, rope_from_hugging_face
 
 Read = Callable[..., tuple[float, RopeScaling | None]]
 LLAMA3 = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from model.router_fit import MEDIAN_TOP_WEIGHT, fit_router, measure_router, spherical_kmeans
+from model.upcycling.router_fit import MEDIAN_TOP_WEIGHT, fit_router, measure_router, spherical_kmeans
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.safetensors_file import (
+from model.storage.safetensors_file import (
     MAX_HEADER_BYTES,
     SLICE_BYTES,
     CheckpointError,

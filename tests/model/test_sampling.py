@@ -20,8 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.logprobs import position_logprobs
-from model.sampling import (
+from model.sampling.filters import candidates, draw, largest
+from model.sampling.logprobs import position_logprobs
+from model.sampling.sampler import (
     LogitsError,
     Sampled,
     SampleError,
@@ -32,7 +33,6 @@ from model.sampling import (
     sample,
     uniform,
 )
-from model.sampling_filters import candidates, draw, largest
 
 VOCAB = 2000
 
@@ -327,7 +327,7 @@ class TestBatch:
 
     def test_a_new_process_with_more_threads_draws_the_same(self) -> None:
         script = (
-            "import torch; from model.sampling import *; torch.set_num_threads(2);"
+            "import torch; from model.sampling.sampler import *; torch.set_num_threads(2);"
             "row = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0)) * 3;"
             "asked = [{}, {'top_p': 0.9}, {'top_k': 50}, {'top_p': 0.5, 'temperature': 0.5}];"
             "states = [SamplerState(SamplingParams(seed=7, **each), ()) for each in asked];"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.strict_json import JSONError, parse_object, read_object
+from model.storage.strict_json import JSONError, parse_object, read_object
 
 
 def test_an_object_is_returned_as_it_is() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from model.config import ModelConfig
-from model.tensor_names import COORDINATOR, Expert, TensorSpec, is_ignored, tensor_specs, tied_copies
+from model.storage.tensor_names import COORDINATOR, Expert, TensorSpec, is_ignored, tensor_specs, tied_copies
 from tests.support.checkpoints import consolidated_tensors
 
 CONFIG = ModelConfig(

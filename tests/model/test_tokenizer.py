@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from model.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, TokenizerError, load_tokenizer
+from model.text.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, TokenizerError, load_tokenizer
 from tests.support.texts import HARD_TEXTS
 from tests.support.tokenizers import mixtral_sentencepiece, write_byte_tokenizer
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from model.batch import ForwardBatch
-from model.checkpoint import COORDINATOR, Checkpoint
 from model.kernels import KernelError
 from model.kv_cache import KVCache
 from model.numerics import same_bits
+from model.storage.checkpoint import COORDINATOR, Checkpoint
 from model.transformer import Backbone, load_local, run_local
 from tests.support.checkpoints import write_dense_llama, write_mixtral
 from tests.support.paged import PagedModel, random_ids

@@ -15,14 +15,14 @@ from gguf import GGMLQuantizationType
 from transformers import MixtralForCausalLM, PreTrainedModel
 
 from model.batch import ForwardBatch
-from model.chat_template import ChatTemplate
-from model.checkpoint import COORDINATOR, Checkpoint, Expert
-from model.config_reader import read_config
 from model.kv_cache import KVCache
-from model.tokenizer import TokenizerError, load_tokenizer
+from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert
+from model.storage.config_reader import read_config
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import TokenizerError, load_tokenizer
 from model.transformer import load_local, run_local
-from model.upcycle import UpcycleError, upcycle
-from model.upcycle_report import UpcycleReport
+from model.upcycling.upcycle import UpcycleError, upcycle
+from model.upcycling.upcycle_report import UpcycleReport
 from tests.support.checkpoints import write_dense_llama, write_dense_mistral, write_mixtral
 from tests.support.gguf_files import write_gguf
 from tests.support.tokenizers import write_byte_tokenizer
@@ -249,7 +249,7 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path: Path, dense_dir
 def test_what_a_killed_run_left_is_overwritten(tmp_path: Path, dense_dir: Path) -> None:
     write_dense_llama(dense_dir)
     child = (
-        "import os, sys; from pathlib import Path; from model.upcycle import upcycle\n"
+        "import os, sys; from pathlib import Path; from model.upcycling.upcycle import upcycle\n"
         "kill = lambda what, done, total: os.kill(os.getpid(), 9) if what == 'weights' and done else None\n"
         "upcycle(Path(sys.argv[1]), Path(sys.argv[2]), num_windows=16, window_tokens=64, progress=kill)\n"
     )

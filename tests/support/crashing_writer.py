@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint_writer import ShardedWriter
+from model.storage.checkpoint_writer import ShardedWriter
 
 CRASHED = 9
 TENSORS = {f"tensor.{i}": torch.full((3, 4), float(i)) for i in range(5)}

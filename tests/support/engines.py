@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from actors.engine import Engine
-from actors.engine_io import Failure, GenerationOutput, GenerationRequest
-from actors.forward_driver import Experts, ForwardDriver
+from actors.coordinator.engine import Engine
+from actors.coordinator.engine_io import Failure, GenerationOutput, GenerationRequest
+from actors.coordinator.forward_driver import Experts, ForwardDriver
 from cluster.ids import SequenceId
 from cluster.load import LoadCounter
 from cluster.scheduler import Scheduler, SchedulerConfig
 from cluster.sequence import FinishReason
-from model.checkpoint import Checkpoint
 from model.dispatch import DispatchPlan
 from model.experts import LocalExperts
 from model.kv_cache import KVCache
-from model.sampling import PositionLogprobs, SamplingParams
+from model.sampling.sampler import PositionLogprobs, SamplingParams
+from model.storage.checkpoint import Checkpoint
 from model.transformer import Backbone, load_local
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -11,7 +11,7 @@ from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
 
-from actors.expert import ExpertActor
+from actors.expert.actor import ExpertActor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

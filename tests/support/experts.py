@@ -13,9 +13,9 @@ import grpc
 import torch
 
 from actors.channels import GrpcServer, WireCredentials, open_channel, serve_grpc
-from actors.compute_thread import ComputeThread
-from actors.expert_replica import Column, ExpertReplica
-from actors.expert_service import SERVICE, ExpertService, LoadError
+from actors.expert.compute_thread import ComputeThread
+from actors.expert.replica import Column, ExpertReplica
+from actors.expert.service import SERVICE, ExpertService, LoadError
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos.expert_pb2 import REPLICA_STATE_READY

@@ -11,12 +11,12 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
-from actors.coordinator_pool import Coordinator, CoordinatorPool
-from actors.front_door import FrontDoor
-from actors.http_app import create_app
-from actors.metrics import FrontMetrics
-from model.chat_template import ChatTemplate
-from model.tokenizer import load_tokenizer
+from actors.front.coordinator_pool import Coordinator, CoordinatorPool
+from actors.front.front_door import FrontDoor
+from actors.front.http_app import create_app
+from actors.front.metrics import FrontMetrics
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import load_tokenizer
 from tests.support.tokenizers import EOS_ID, write_byte_tokenizer
 
 MODEL = "tiny"

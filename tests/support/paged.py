@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from model.batch import ForwardBatch
-from model.checkpoint import Checkpoint
 from model.kv_cache import KVCache
+from model.storage.checkpoint import Checkpoint
 from model.transformer import load_local, run_local
 
 BLOCK_SIZE = 32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Checkpoint, Expert
+from model.storage.checkpoint import Checkpoint, Expert
 
 
 def bytes_read() -> int:

@@ -1,12 +1,12 @@
 """A coordinator without a model: it says what a test tells it to, and remembers what it was asked.
 
-It implements `actors.coordinator_pool.Coordinator`; nothing in it knows HTTP.
+It implements `actors.front.coordinator_pool.Coordinator`; nothing in it knows HTTP.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
-from actors.coordinator_client import CoordinatorLost
+from actors.front.coordinator_client import CoordinatorLost
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.channels import GrpcServer, WireCredentials, open_channel, serve_grpc
-from actors.coordinator_service import SERVICE, ControlHooks, CoordinatorService
-from actors.engine import Engine
-from actors.engine_io import Failure
+from actors.coordinator.engine import Engine
+from actors.coordinator.engine_io import Failure
+from actors.coordinator.service import SERVICE, ControlHooks, CoordinatorService
+from actors.coordinator.submit_check import SubmitLimits
 from actors.map_wire import MapRefused
-from actors.submit_check import SubmitLimits
 from cluster.expert_map import ExpertMap
 from protos.coordinator_pb2 import Cancel, GenerateRequest, Sampling, SequenceOutput, SnapshotReply, Submit
 from protos.coordinator_pb2_grpc import CoordinatorServiceStub
@@ -65,9 +65,7 @@ async def served(model: TinyModel, *, port: int = 0, **settings: Any) -> AsyncIt
         max_model_len=engine.scheduler.max_model_len,
         request_timeout_s=60.0,
     )
-    server = await serve_grpc(
-        service.register, service=SERVICE, host="127.0.0.1", port=port, credentials=CREDENTIALS
-    )
+    server = await serve_grpc(service.register, service=SERVICE, host="127.0.0.1", port=port, credentials=CREDENTIALS)
     service.open(engine, limits)
     try:
         async with running(engine):
@@ -81,9 +79,7 @@ def submit(request_id: int, prompt: list[int], max_tokens: int = 4, **fields: An
     """A greedy request that does not stop early."""
     sampling = Sampling(top_p=1.0, repetition_penalty=1.0)
     defaults: dict[str, Any] = {"sampling": sampling, "ignore_eos": True}
-    return Submit(
-        request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, **{**defaults, **fields}
-    )
+    return Submit(request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, **{**defaults, **fields})
 
 
 class RawStream:

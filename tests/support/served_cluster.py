@@ -15,8 +15,8 @@ import openai
 import psutil
 
 from actors import ray_runtime
-from actors.status import ClusterStatus
-from actors.supervisor_client import find_supervisor
+from actors.supervision.client import find_supervisor
+from actors.supervision.status import ClusterStatus
 
 NAMESPACE = "octavo"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from actors.channels import WireCredentials, open_channel
-from actors.coordinator import Coordinator
-from actors.coordinator_client import CoordinatorClient
-from actors.expert import ExpertActor
-from actors.front_door import FrontDoor, load_front
+from actors.coordinator.actor import Coordinator
+from actors.expert.actor import ExpertActor
+from actors.front.coordinator_client import CoordinatorClient
+from actors.front.front_door import FrontDoor, load_front
 from actors.map_wire import map_to_wire
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
-from model.config_reader import read_config
+from model.storage.config_reader import read_config
 from protos.coordinator_pb2 import SnapshotReply
 from protos.coordinator_pb2_grpc import CoordinatorServiceStub
 

@@ -1,0 +1,1 @@
+"""What stands behind the command line: serve, status, chat, the demo model."""

@@ -1,0 +1,108 @@
+"""`octavo serve`: brings a whole cluster up in order, and takes it down in order.
+
+Everything that can be refused without a cluster (paths, ports, memory, a second start) is refused before Ray starts.
+"""
+
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from actors import ray_runtime
+from actors.command.cache_dir import user_cache_dir
+from actors.command.local_record import LocalRecord
+from actors.command.progress import show_placement, watch_start
+from actors.ingress import build_app
+from actors.ray_runtime import RuntimeFailure
+from actors.supervision.client import SupervisorClient, find_supervisor
+from actors.supervision.launch import check_memory, ensure_supervisor, read_model
+from actors.supervision.status import ClusterStatus
+from cluster.config import ClusterConfig
+
+START_TIMEOUT_S = 1800.0
+
+
+def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, console: Console) -> None:
+    """Serves until SIGINT or SIGTERM, then drains and leaves nothing running.
+
+    `address` names a Ray cluster to join; None starts one that ends with this process. Raises what
+    `actors.command.failures.known_errors` lists; whatever was started is stopped first.
+    """
+    began = time.monotonic()
+    model = read_model(config)
+    ray_runtime.check_port(host, port)
+    with ExitStack() as undo:
+        if address is None:
+            record = undo.enter_context(LocalRecord(user_cache_dir()).hold(f"http://{host}:{port}"))
+            check_memory(config, model)
+            console.print("starting Ray ...")
+            ray_runtime.start_local(config.namespace)
+            record.write(ray_address=ray_runtime.address())
+        else:
+            ray_runtime.connect(address, config.namespace)
+        undo.callback(ray_runtime.disconnect)
+        stop = _stop_signal()
+        supervisor = _start_supervisor(config, undo)
+        console.print(
+            f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})", soft_wrap=True
+        )
+        status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
+        show_placement(status, console)
+        ray_runtime.start_http(host, port)
+        undo.callback(ray_runtime.undeploy, config.namespace)
+        ray_runtime.deploy(build_app(config), name=config.namespace)
+        undo.callback(supervisor.drain, config.drain_timeout_s)
+        console.print(_banner(status, host, port, time.monotonic() - began), soft_wrap=True)
+        stop.wait()
+        console.print("draining ...")
+    console.print("stopped")
+
+
+def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClient:
+    if find_supervisor(config.namespace) is not None:
+        raise RuntimeFailure(f"an octavo cluster named {config.namespace!r} already runs there: see octavo status")
+    supervisor = ensure_supervisor(config)
+    undo.callback(supervisor.retire)
+    return supervisor
+
+
+def _poll(supervisor: SupervisorClient, stop: threading.Event) -> ClusterStatus:
+    if stop.is_set():
+        raise RuntimeFailure("stopped before it was ready")
+    return supervisor.status()
+
+
+def _stop_signal() -> threading.Event:
+    """An event set by SIGINT or SIGTERM, so that stopping happens in order and never in the middle of a call.
+
+    Ray installs a SIGTERM handler of its own, so this comes after it.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _banner(status: ClusterStatus, host: str, port: int, seconds: float) -> str:
+    name = host if ":" not in host else f"[{host}]"
+    url = f"http://{name if name not in ('0.0.0.0', '[::]') else '127.0.0.1'}:{port}"
+    body = (
+        f'{{"model": "{status.model}", "max_tokens": 64, '
+        '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    )
+    return (
+        f"\n[bold green]ready in {seconds:.0f} s[/bold green]  {url}\n\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'\n\n"
+        "  octavo chat, octavo status; Ctrl-C drains and stops\n"
+    )
+
+
+def demo_model(console: Console) -> Path:
+    """The demo checkpoint, made on first use."""
+    from actors.command.demo_model import ensure_demo_model
+
+    return ensure_demo_model(console=console)

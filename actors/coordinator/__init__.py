@@ -1,0 +1,1 @@
+"""The coordinator actor: the hot loop, its queue, and what it answers to ingresses and supervisor."""

@@ -1,0 +1,113 @@
+"""What is asked of the engine and what a step answers, as plain values; and how the wire says the answer.
+
+Token ids only: text is the ingress's business. Checking what came over the wire is `actors.coordinator.submit_check`'s.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.ids import SequenceId
+from cluster.sequence import FinishReason
+from model.sampling.sampler import PositionLogprobs, SamplingParams, TokenLogprob
+from protos import coordinator_pb2 as pb
+from protos.expert_pb2 import (
+    STATUS_CANCELLED,
+    STATUS_DEADLINE_EXCEEDED,
+    STATUS_INTERNAL,
+    STATUS_OK,
+    Status,
+)
+
+_FINISH: Mapping[FinishReason | None, pb.FinishReason] = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.EXPIRED: pb.FINISH_REASON_ERROR,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One checked request. `deadline_s` is on the engine's clock; `num_*logprobs` None is off, 0 the chosen
+    alone.
+
+    `max_tokens` 0 scores the prompt and generates nothing; it needs `num_prompt_logprobs`.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a sequence cannot go on: the wire's status and one line of text."""
+
+    status: Status
+    text: str
+
+
+EXPIRED = Failure(STATUS_DEADLINE_EXCEEDED, "the request's deadline passed before it was done")
+STOPPED = Failure(STATUS_CANCELLED, "the coordinator was stopped")
+UNEXPLAINED = Failure(STATUS_INTERNAL, "internal error; the coordinator's log says more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOutput:
+    """What one step gave one sequence. `logprobs` is parallel to `token_ids`, or empty.
+
+    `prompt_logprobs` are the next positions of the prompt, in order, from position 1; they precede all
+    tokens. `failure` is set exactly with the finish reasons ERROR and EXPIRED.
+    """
+
+    seq_id: SequenceId
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    failure: Failure | None = None
+
+
+def to_wire(output: GenerationOutput, request_id: int) -> pb.SequenceOutput:
+    """The message for `output`, under the name that its stream gave the request."""
+    failure = output.failure
+    return pb.SequenceOutput(
+        request_id=request_id,
+        token_ids=output.token_ids,
+        logprobs=_positions(output.logprobs),
+        prompt_logprobs=_positions(output.prompt_logprobs),
+        finish_reason=_FINISH[output.finish_reason],
+        status=STATUS_OK if failure is None else failure.status,
+        error="" if failure is None else failure.text,
+        num_prompt_tokens=output.num_prompt_tokens,
+    )
+
+
+def refusal(request_id: int, status: Status, text: str, retry_after_s: float = 0.0) -> pb.SequenceOutput:
+    """The answer to a request that never became a sequence."""
+    return pb.SequenceOutput(
+        request_id=request_id,
+        finish_reason=pb.FINISH_REASON_ERROR,
+        status=status,
+        error=text,
+        retry_after_ms=round(retry_after_s * 1000),
+    )
+
+
+def _positions(positions: Iterable[PositionLogprobs]) -> list[pb.PositionLogprobs]:
+    return [
+        pb.PositionLogprobs(chosen=_token(place.chosen), top=[_token(one) for one in place.top]) for place in positions
+    ]
+
+
+def _token(one: TokenLogprob) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=one.token, logprob=one.logprob, rank=one.rank)

@@ -1,0 +1,86 @@
+"""How a coordinator describes itself: its state, and its counters as the wire and as the supervisor read
+them.
+"""
+
+import os
+from typing import Any
+
+from actors.coordinator.engine import Engine
+from actors.coordinator.loading import LoadedModel, LoadProgress
+from cluster.load import IntArray
+from protos.coordinator_pb2 import LayerLoad, SnapshotReply
+
+
+class CoordinatorReport:
+    """`state` is loading, ready, draining or failed; `detail` says what it waits for or why it failed."""
+
+    def __init__(self, coordinator_id: str, node_id: str, block_size: int) -> None:
+        self.coordinator_id = coordinator_id
+        self.node_id = node_id
+        self.block_size = block_size
+        self.address = ""
+        self.state = "loading"
+        self.detail = ""
+        self.progress = LoadProgress()
+
+    def turn(self, state: str, detail: str = "") -> None:
+        """A new state."""
+        self.state, self.detail = state, detail
+
+    def snapshot(
+        self, model: LoadedModel | None, engine: Engine | None, map_epoch: int, expert_retries: int
+    ) -> SnapshotReply:
+        """What is known so far; a coordinator without a model or an engine leaves their fields at 0."""
+        reply = SnapshotReply(
+            coordinator_id=self.coordinator_id,
+            pid=os.getpid(),
+            node_id=self.node_id,
+            address=self.address,
+            state=self.state,
+            detail=self.detail,
+            map_epoch=map_epoch,
+            kv_block_size=self.block_size,
+            expert_retries_total=expert_retries,
+        )
+        if model is not None:
+            reply.kernel = model.backbone.kernel
+            reply.numerics_domain = model.backbone.numerics_domain
+            reply.weight_bytes = model.backbone.weight_bytes
+            reply.weights_id = model.weights_id
+        if engine is not None:
+            _add_engine(reply, engine)
+        return reply
+
+    def info(self, snapshot: SnapshotReply) -> dict[str, Any]:
+        """A snapshot and the loading progress as plain values; `node` is `node_id`, loads are lists per
+        layer.
+        """
+        facts: dict[str, Any] = {one.name: getattr(snapshot, one.name) for one in snapshot.DESCRIPTOR.fields}
+        for name in ("load", "window_load"):
+            facts[name] = [list(layer.tokens) for layer in facts[name]]
+        return facts | {
+            "node": self.node_id,
+            "loaded_bytes": self.progress.loaded_bytes,
+            "bytes_total": self.progress.total_bytes,
+            "load_s": self.progress.load_s,
+        }
+
+
+def _add_engine(reply: SnapshotReply, engine: Engine) -> None:
+    scheduler, load = engine.scheduler, engine.load
+    load.roll(engine.now())
+    reply.num_running = scheduler.num_running
+    reply.num_waiting = scheduler.num_waiting
+    reply.kv_blocks_total = scheduler.blocks.num_blocks
+    reply.kv_blocks_free = scheduler.blocks.num_free
+    reply.steps_total = scheduler.counters.steps
+    reply.prompt_tokens_total = scheduler.counters.prompt_tokens
+    reply.generated_tokens_total = scheduler.counters.generated_tokens
+    reply.preemptions_total = scheduler.counters.preemptions
+    reply.max_model_len = scheduler.max_model_len
+    reply.load.extend(_layers(load.total))
+    reply.window_load.extend(_layers(load.window.load))
+
+
+def _layers(load_LE: IntArray) -> list[LayerLoad]:
+    return [LayerLoad(tokens=load_E) for load_E in load_LE.tolist()]

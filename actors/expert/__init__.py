@@ -1,0 +1,1 @@
+"""One process that holds expert columns and answers on its port."""

@@ -1,0 +1,151 @@
+"""What one expert actor holds and how it fares: its columns, its state, its counters, and how it describes
+itself.
+
+Everything is read and changed on the actor's event loop. Who fills it is `actors.expert.actor`, who serves from it
+`actors.expert.service`.
+"""
+
+import asyncio
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from protos.expert_pb2 import (
+    REPLICA_STATE_DRAINING,
+    REPLICA_STATE_FAILED,
+    REPLICA_STATE_LOADING,
+    REPLICA_STATE_READY,
+    InfoReply,
+    ReplicaState,
+)
+
+_STATE_NAMES = {
+    REPLICA_STATE_LOADING: "loading",
+    REPLICA_STATE_READY: "ready",
+    REPLICA_STATE_DRAINING: "draining",
+    REPLICA_STATE_FAILED: "failed",
+}
+
+
+class Column(Protocol):
+    """One expert's FFNs for some layers; `model.experts.ExpertColumn` is the real one."""
+
+    @property
+    def layers(self) -> Collection[int]: ...
+
+    @property
+    def kernel(self) -> str: ...
+
+    @property
+    def numerics_domain(self) -> str: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def forward(self, layer: int, x_MD: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class ReplicaCounters:
+    """Since start. Times in microseconds, tokens are rows."""
+
+    messages_total: int = 0
+    tokens_total: int = 0
+    refused_total: int = 0
+    errors_total: int = 0
+    compute_us_total: int = 0
+    queue_us_total: int = 0
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """How far loading is, in bytes of the checkpoint; `seconds` is set when it has ended."""
+
+    bytes_loaded: int = 0
+    bytes_total: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class ExpertReplica:
+    """`experts` and `layers` are what it was started for; `settled` is set once loading has ended."""
+
+    replica_id: str
+    experts: tuple[int, ...]
+    layers: range
+    node_id: str = ""
+    hidden_size: int = 0
+    state: ReplicaState = REPLICA_STATE_LOADING
+    detail: str = ""
+    map_epoch: int = 0
+    inflight_tokens: int = 0
+    address: str = ""
+    counters: ReplicaCounters = field(default_factory=ReplicaCounters)
+    progress: LoadProgress = field(default_factory=LoadProgress)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    _columns: list[Column] = field(default_factory=list)
+    _held: dict[tuple[int, int], Column] = field(default_factory=dict)
+
+    def add(self, expert: int, column: Column) -> None:
+        """Serves `column` from now on."""
+        self._columns.append(column)
+        self._held |= {(layer, expert): column for layer in column.layers}
+
+    def find(self, layer: int, expert: int) -> Column | None:
+        """The column that holds (layer, expert), or None."""
+        return self._held.get((layer, expert))
+
+    def holds(self, expert: int, layers: Iterable[int]) -> bool:
+        """True when it holds `expert` in all of `layers`."""
+        return all((layer, expert) in self._held for layer in layers)
+
+    def settle(self, state: ReplicaState, detail: str = "") -> None:
+        """Loading has ended: READY or FAILED. A replica that was told to drain meanwhile stays DRAINING."""
+        if self.state != REPLICA_STATE_DRAINING or state == REPLICA_STATE_FAILED:
+            self.state, self.detail = state, detail
+        self.settled.set()
+
+    def describe(self) -> InfoReply:
+        """The replica as its peers see it; `expert_ids` are those held in all of `layers`."""
+        experts = sorted({expert for _, expert in self._held})
+        return InfoReply(
+            replica_id=self.replica_id,
+            expert_ids=[expert for expert in experts if self.holds(expert, self.layers)],
+            first_layer=self.layers.start,
+            num_layers=len(self.layers),
+            pid=os.getpid(),
+            node_id=self.node_id,
+            address=self.address,
+            state=self.state,
+            inflight_tokens=self.inflight_tokens,
+            kernel=_joined(column.kernel for column in self._columns),
+            numerics_domain=_joined(column.numerics_domain for column in self._columns),
+            machine_id=machine_id(),
+            weight_bytes=sum(column.weight_bytes for column in self._columns),
+            map_epoch=self.map_epoch,
+            hidden_size=self.hidden_size,
+            tokens_total=self.counters.tokens_total,
+            detail=self.detail,
+        )
+
+
+def state_name(state: ReplicaState) -> str:
+    """`loading`, `ready`, `draining` or `failed`."""
+    return _STATE_NAMES[state]
+
+
+def machine_id() -> str:
+    """Equal for two processes that may share memory: the same boot of a kernel, the same IPC namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/ipc")
+    if not boot.exists() or not namespace.exists():
+        return ""
+    return f"{boot.read_text().strip()}/{namespace.readlink()}"
+
+
+def _joined(values: Iterable[str]) -> str:
+    return "+".join(sorted(set(values)))

@@ -1,0 +1,193 @@
+"""One choice's tokens as text: detokenisation, stop strings, and log-probabilities that keep step with the
+text.
+
+Synchronous and free of I/O. Where the tokens come from is `actors.front.generation`'s work, how the text is framed
+for a client `actors.front.completions`' and `actors.front.chat_completions`'.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Literal, Protocol
+
+from actors.front.stop_strings import Match, StopStrings
+from protos.coordinator_pb2 import (
+    FINISH_REASON_LENGTH,
+    FINISH_REASON_STOP,
+    PositionLogprobs,
+    SequenceOutput,
+)
+
+FinishReason = Literal["stop", "length"]
+
+
+class Detokenizer(Protocol):
+    """What is asked of `model.text.detokenizer.IncrementalDetokenizer`."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that more tokens make certain."""
+        ...
+
+    def flush(self) -> str:
+        """The text of what was left incomplete."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """What a request says about its text. `include_stop`: the stop string or token is part of the text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A token that stands in the text from character `start` to `end` (equal while a character is
+    incomplete).
+    """
+
+    token_id: int
+    logprobs: PositionLogprobs | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a choice gained: new text, the entries of tokens wholly within the text so far, and how it ended.
+
+    `token_ids` are all tokens that came, the stop token included; `num_tokens` counts them since the
+    beginning. `stop_reason` is the stop string or stop token that ended the choice, None for end of sequence
+    or length.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    entries: tuple[TokenEntry, ...] = ()
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(slots=True)
+class Answer:
+    """A choice's answer, or a piece of it, grown from deltas."""
+
+    text: str = ""
+    entries: list[TokenEntry] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @classmethod
+    def of(cls, delta: Delta) -> "Answer":
+        """One delta as a piece."""
+        answer = cls()
+        answer.add(delta)
+        return answer
+
+    def add(self, delta: Delta) -> None:
+        """Takes the next delta of the same choice."""
+        self.text += delta.text
+        self.entries += delta.entries
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+class ChoiceText:
+    """Turns a choice's outputs into deltas. After a delta with a finish reason nothing may be fed."""
+
+    def __init__(self, index: int, detokenizer: Detokenizer, rules: TextRules, eos_ids: frozenset[int]) -> None:
+        self._index = index
+        self._detokenizer = detokenizer
+        self._rules = rules
+        self._eos_ids = eos_ids
+        self._stops = StopStrings(rules.stops)
+        self._unwatched = 0  # characters before min_tokens, where no stop string counts
+        self._decoded = 0
+        self._num_tokens = 0
+        self._waiting: deque[TokenEntry] = deque()
+
+    def feed(self, output: SequenceOutput) -> Delta:
+        """The delta of one output that is neither an error nor a cancellation."""
+        taken: list[int] = []
+        pieces: list[str] = []
+        match: Match | None = None
+        stop_token = self._stop_token(output)
+        last = len(output.token_ids) - 1
+        for place, (token, logprobs) in enumerate(zip(output.token_ids, output.logprobs or repeat(None), strict=False)):
+            taken.append(token)
+            self._num_tokens += 1
+            if place == last and stop_token is not None and not self._rules.include_stop:
+                break
+            piece, match = self._add(token, logprobs)
+            pieces.append(piece)
+            if match is not None:
+                break
+        if match is None and output.finish_reason in (FINISH_REASON_STOP, FINISH_REASON_LENGTH):
+            piece, match = self._watch(self._detokenizer.flush())
+            pieces.append(piece)
+            if match is None:
+                pieces.append(self._stops.flush())
+        finish, stop_reason = self._end(output, match, stop_token)
+        if match is not None and self._rules.include_stop:
+            pieces.append(match.stop)
+        return Delta(
+            index=self._index,
+            text="".join(pieces),
+            token_ids=tuple(taken),
+            entries=tuple(self._release(finish, match)),
+            num_tokens=self._num_tokens,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            prompt_logprobs=tuple(output.prompt_logprobs),
+        )
+
+    def _stop_token(self, output: SequenceOutput) -> int | None:
+        ended = output.finish_reason == FINISH_REASON_STOP and output.token_ids
+        return output.token_ids[-1] if ended else None
+
+    def _add(self, token: int, logprobs: PositionLogprobs | None) -> tuple[str, Match | None]:
+        piece = self._detokenizer.push([token])
+        start, self._decoded = self._decoded, self._decoded + len(piece)
+        self._waiting.append(TokenEntry(token, logprobs, start, self._decoded))
+        if self._num_tokens <= self._rules.min_tokens:
+            self._unwatched += len(piece)
+            return piece, None
+        return self._watch(piece)
+
+    def _watch(self, piece: str) -> tuple[str, Match | None]:
+        return self._stops.push(piece) if self._rules.stops else (self._pass(piece), None)
+
+    def _pass(self, piece: str) -> str:
+        self._unwatched += len(piece)
+        return piece
+
+    def _end(
+        self, output: SequenceOutput, match: Match | None, stop_token: int | None
+    ) -> tuple[FinishReason | None, str | int | None]:
+        if match is not None:
+            return "stop", match.stop
+        if output.finish_reason == FINISH_REASON_STOP:
+            return "stop", None if stop_token in self._eos_ids else stop_token
+        return ("length", None) if output.finish_reason == FINISH_REASON_LENGTH else (None, None)
+
+    def _release(self, finish: FinishReason | None, match: Match | None) -> list[TokenEntry]:
+        """Entries whose text is out. At a stop string: those that begin before the cut; the others never
+        come.
+        """
+        shown = self._unwatched + self._stops.num_released
+        if match is not None:
+            cut = self._unwatched + (match.end if self._rules.include_stop else match.start)
+            return [entry for entry in self._waiting if entry.start < cut]
+        if finish is not None:
+            return list(self._waiting)
+        released = []
+        while self._waiting and self._waiting[0].end <= shown and self._waiting[0].start < shown:
+            released.append(self._waiting.popleft())
+        return released

@@ -1,0 +1,144 @@
+"""What a cluster will consist of, worked out from its configuration, the checkpoint and the GPUs there are.
+
+Pure values: which processes, on which devices, with which arguments, environment and memory. Starting them is the
+supervisor's work; where they go is decided in `cluster.placement`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+from cluster.budget import ActorNeed, choose_kv_bytes, packed_bytes
+from cluster.config import ClusterConfig, Device
+from cluster.desired import DesiredReplica, desired_replicas
+from cluster.ids import CoordinatorId
+from model.kernels import default_kernel
+from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert, Owner
+
+Packed = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A cluster on paper. `total_gpus` is what all its nodes have together."""
+
+    config: ClusterConfig
+    checkpoint: Checkpoint
+    total_gpus: float
+
+    @property
+    def experts_device(self) -> Device:
+        """cpu or cuda: `auto` takes GPUs where there are any."""
+        asked = self.config.experts_device
+        return asked if asked != "auto" else ("cuda" if self.total_gpus > 0 else "cpu")
+
+    @property
+    def device(self) -> Device:
+        """The coordinators' device: `auto` takes GPUs that the experts leave."""
+        if self.config.device != "auto":
+            return self.config.device
+        taken = sum(replica.gpu for replica in self.replicas())
+        return "cuda" if self.total_gpus - taken >= self.gpus_per_coordinator * self.config.coordinators else "cpu"
+
+    @property
+    def gpus_per_coordinator(self) -> float:
+        """A whole GPU, unless the experts were told to share theirs."""
+        share = self.config.expert_num_gpus
+        return share if share is not None and 0 < share < 1 else 1.0
+
+    @property
+    def coordinator_ids(self) -> tuple[CoordinatorId, ...]:
+        """coordinator-0, coordinator-1, …"""
+        return tuple(CoordinatorId(f"coordinator-{index}") for index in range(self.config.coordinators))
+
+    def replicas(self) -> tuple[DesiredReplica, ...]:
+        """The expert replicas that should exist, not yet placed."""
+        shape = self.checkpoint.config
+        on_gpu = self.experts_device == "cuda"
+        first = range(self.config.experts_per_actor)
+        need = self._need("expert", [Expert(expert) for expert in first], self.experts_device)
+        return desired_replicas(
+            self.config,
+            num_layers=shape.num_layers,
+            num_experts=shape.num_experts,
+            experts_on_gpu=on_gpu,
+            memory_bytes=need.host_bytes,
+        )
+
+    def needs(self, available_bytes: int) -> tuple[ActorNeed, ...]:
+        """Memory of every actor, for a machine with `available_bytes` of memory. Raises BudgetError."""
+        experts = [
+            self._need(replica.replica_id, [Expert(e) for e in replica.expert_ids], self.experts_device)
+            for replica in self.replicas()
+        ]
+        on_gpu = self.device == "cuda"
+        kv_bytes = 0 if on_gpu else choose_kv_bytes(self.config.kv_cache_bytes, available_bytes, on_gpu=False)
+        coordinators = [
+            self._need(coordinator_id, [COORDINATOR], self.device, kv_bytes=kv_bytes)
+            for coordinator_id in self.coordinator_ids
+        ]
+        return (*coordinators, *experts)
+
+    def expert_kwargs(self, replica: DesiredReplica, token: str) -> Mapping[str, Any]:
+        """Arguments of `actors.expert.actor.ExpertActor`."""
+        return {
+            "replica_id": replica.replica_id,
+            "expert_ids": list(replica.expert_ids),
+            "first_layer": replica.first_layer,
+            "num_layers": replica.num_layers,
+            "node_id": replica.node_id or "",
+            "device": self.experts_device,
+            "threads": self.config.expert_threads,
+            **self._common(token),
+        }
+
+    def coordinator_kwargs(
+        self, coordinator_id: CoordinatorId, node_id: str, token: str, threads: int
+    ) -> Mapping[str, Any]:
+        """Arguments of `actors.coordinator.actor.Coordinator`."""
+        config = replace(self.config, device=self.device, coordinator_threads=threads, auth_token=None)
+        return {"coordinator_id": coordinator_id, "config": config, "auth_token": token, "node_id": node_id}
+
+    def _common(self, token: str) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": config.model,
+            "kernel": config.kernel,
+            "auth_token": token,
+            "bind_host": config.bind_host,
+            "tls_cert": config.tls_cert,
+            "tls_key": config.tls_key,
+            "tls_ca": config.tls_ca,
+        }
+
+    def _need(self, name: str, owners: list[Owner], device: str, *, kv_bytes: int = 0) -> ActorNeed:
+        checkpoint = self.checkpoint
+        asked = self.config.kernel
+        kernel = default_kernel(checkpoint.dtype, device) if asked == "auto" else asked
+        stored = sum(checkpoint.owned_bytes(owner) for owner in owners)
+        names = [tensor for owner in owners for tensor in checkpoint.names(owner)]
+        elements = checkpoint.dtype.itemsize
+        largest = max(checkpoint.nbytes(tensor) // elements * 4 for tensor in names)
+        return ActorNeed(
+            name=name,
+            weight_bytes=packed_bytes(stored, elements, cast(Packed, kernel)),
+            largest_tensor_bytes=largest,
+            kv_bytes=kv_bytes,
+            on_gpu=device == "cuda",
+        )
+
+
+def process_env(threads: int) -> Mapping[str, str]:
+    """Environment of a process that computes with `threads` threads.
+
+    Waiting threads sleep (active waiting collapses when cores are scarce), and malloc may use huge pages: packed
+    weights are read from end to end for every batch, and TLB misses cost a fifth of it or more.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRPC_VERBOSITY": "ERROR",
+    }

@@ -1,0 +1,61 @@
+"""Gives every coordinator that lags behind the newest expert map, over gRPC.
+
+Which map is the newest is decided in `cluster.reconcile`; a coordinator swaps it between two steps.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+import grpc
+
+from actors.channels import WireCredentials, open_channel
+from actors.map_wire import map_to_wire
+from actors.supervision.fleet import View
+from cluster.expert_map import ExpertMap
+from protos.coordinator_pb2_grpc import CoordinatorServiceStub
+from protos.expert_pb2 import STATUS_OK
+
+LOG = logging.getLogger(__name__)
+
+PUBLISH_TIMEOUT_S = 5.0
+
+
+class MapPublisher:
+    """Keeps one channel to each coordinator address."""
+
+    def __init__(self, credentials: WireCredentials) -> None:
+        self._credentials = credentials
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def publish(self, expert_map: ExpertMap, coordinators: Iterable[View]) -> None:
+        """Sends a complete map to every living coordinator whose epoch is older; a failure is tried again later.
+
+        A map that lacks an expert is nobody's use: until it is whole, coordinators keep the one they have.
+        """
+        if expert_map.missing():
+            return
+        behind = [
+            str(view.info["address"])
+            for view in coordinators
+            if view.info is not None and view.dead is None and int(view.info["map_epoch"]) < expert_map.epoch
+        ]
+        await asyncio.gather(*(self._send(address, expert_map) for address in behind if address))
+
+    async def close(self) -> None:
+        """Closes all channels."""
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+    async def _send(self, address: str, expert_map: ExpertMap) -> None:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, self._credentials)
+        stub = CoordinatorServiceStub(self._channels[address])  # type: ignore[no-untyped-call]  # generated
+        try:
+            reply = await stub.PublishMap(map_to_wire(expert_map), timeout=PUBLISH_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            LOG.warning("map epoch %d did not reach %s: %s", expert_map.epoch, address, error.details())
+            await self._channels.pop(address).close()
+            return
+        if reply.status != STATUS_OK:
+            LOG.warning("%s refused map epoch %d: %s", address, expert_map.epoch, reply.detail)

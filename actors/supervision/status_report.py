@@ -1,0 +1,121 @@
+"""Makes a `ClusterStatus` of what the supervisor has seen: a pure function of views, records and the blueprint."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import actors
+from actors.supervision.blueprint import Blueprint
+from actors.supervision.fleet import View
+from actors.supervision.status import ClusterStatus, CoordinatorStatus, LoadStatus, ReplicaStatus
+from cluster.desired import DesiredReplica
+from cluster.load import balancedness
+from cluster.reconcile import ReconcileState
+
+
+def report(
+    blueprint: Blueprint,
+    state: ReconcileState,
+    experts: Mapping[str, View],
+    coordinators: Mapping[str, View],
+    failed: Mapping[str, str],
+    *,
+    uptime_s: float,
+    draining: bool,
+    events: Sequence[str],
+) -> ClusterStatus:
+    """`failed` names processes that fail again and again, and why; times in seconds."""
+    replica_rows = [_replica(one, experts.get(one.replica_id), failed) for one in blueprint.replicas()]
+    coordinator_rows = [_coordinator(one, coordinators.get(one), failed) for one in blueprint.coordinator_ids]
+    states = {row.state for row in replica_rows} | {row.state for row in coordinator_rows}
+    whole = not state.expert_map.missing()
+    current = all(row.map_epoch == state.expert_map.epoch for row in coordinator_rows)
+    if draining:
+        overall = "draining"
+    elif whole and current and states == {"ready"}:
+        overall = "ready"
+    elif whole and any(row.state == "ready" for row in coordinator_rows):
+        overall = "degraded"
+    else:
+        overall = "starting"
+    path = Path(blueprint.config.model)
+    return ClusterStatus(
+        state=overall,
+        model=blueprint.config.served_model_name or path.resolve().name,
+        model_path=str(path.resolve()),
+        map_epoch=state.expert_map.epoch,
+        system_fingerprint=fingerprint(blueprint, experts, coordinators),
+        uptime_s=round(uptime_s, 1),
+        coordinators=coordinator_rows,
+        replicas=replica_rows,
+        load=_load(blueprint, coordinators),
+        events=list(events),
+    )
+
+
+def fingerprint(blueprint: Blueprint, experts: Mapping[str, View], coordinators: Mapping[str, View]) -> str:
+    """A hash of the weights, the code's version and every numerics domain: equal ones give equal tokens."""
+    domains = {
+        str(view.info["numerics_domain"])
+        for view in (*experts.values(), *coordinators.values())
+        if view.info is not None
+    }
+    text = "\n".join([blueprint.checkpoint.weights_id, actors.__version__, *sorted(domains)])
+    return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _state(view: View | None, failed: Mapping[str, str], name: str) -> tuple[str, str]:
+    """(state, detail) of one process as people read it."""
+    if name in failed:
+        return "failed", failed[name]
+    if view is None:
+        return "waiting", ""
+    return view.state, view.detail
+
+
+def _known(row: type[ReplicaStatus] | type[CoordinatorStatus], info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process's own account says of the row's fields."""
+    return {field.name: info[field.name] for field in fields(row) if field.name in info}
+
+
+def _replica(replica: DesiredReplica, view: View | None, failed: Mapping[str, str]) -> ReplicaStatus:
+    state, detail = _state(view, failed, replica.replica_id)
+    info = {} if view is None or view.info is None else view.info
+    known = _known(ReplicaStatus, info) | {
+        "replica_id": replica.replica_id,
+        "expert_ids": [int(expert) for expert in replica.expert_ids],
+        "layers": [int(replica.first_layer), replica.first_layer + replica.num_layers - 1],
+        "node": str(info.get("node_id") or replica.node_id or ""),
+        "loaded_bytes": int(info.get("bytes_loaded", 0)),
+        "weight_bytes": int(info.get("weight_bytes") or info.get("bytes_total", 0)),
+        "state": state,
+        "detail": detail,
+    }
+    return ReplicaStatus(**known)
+
+
+def _coordinator(coordinator_id: str, view: View | None, failed: Mapping[str, str]) -> CoordinatorStatus:
+    state, detail = _state(view, failed, coordinator_id)
+    info = {} if view is None or view.info is None else view.info
+    known = _known(CoordinatorStatus, info) | {"coordinator_id": coordinator_id, "state": state, "detail": detail}
+    return CoordinatorStatus(**known)
+
+
+def _load(blueprint: Blueprint, coordinators: Mapping[str, View]) -> LoadStatus:
+    shape = (blueprint.checkpoint.config.num_layers, blueprint.checkpoint.config.num_experts)
+    total_LE, window_LE = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for view in coordinators.values():
+        if view.info is not None and view.info.get("load"):
+            total_LE += np.asarray(view.info["load"], dtype=np.int64)
+            window_LE += np.asarray(view.info["window_load"], dtype=np.int64)
+    per_layer = [round(float(value), 4) for value in balancedness(total_LE)]
+    return LoadStatus(
+        tokens_per_expert=[int(value) for value in total_LE.sum(axis=0)],
+        window_tokens_per_expert=[int(value) for value in window_LE.sum(axis=0)],
+        balancedness_per_layer=per_layer,
+        balancedness=round(sum(per_layer) / len(per_layer), 4),
+    )

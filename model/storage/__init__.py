@@ -1,0 +1,1 @@
+"""A checkpoint on disk: its configuration, its tensors' names, owners and byte ranges."""

@@ -1,0 +1,1 @@
+"""A dense checkpoint becomes a mixture of experts (sparse upcycling, arXiv 2212.05055)."""
