@@ -146,7 +146,7 @@ def _chunk(q_GnRd: Tensor, kv: Tensor, chunk: Chunk) -> Partial:
     tiles = kv.index_select(1, chunk.blocks).to(torch.float32).view(2, heads, -1, TILE, width)
     q_GCRd = q_GnRd.index_select(1, chunk.queries_C)
     if chunk.unseen is not None:
-        tiles[1].masked_fill_(chunk.unseen, 0.0)
+        tiles[1].view(heads, -1, width).index_fill_(1, chunk.unseen, 0.0)
     top_GCR1, sums_GCRe = _tile(q_GCRd, tiles[0], tiles[1], chunk.hidden)
     return top_GCR1[:, : chunk.count], sums_GCRe[:, : chunk.count]
 

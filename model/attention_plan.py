@@ -45,8 +45,9 @@ class AttentionShape:
 class Chunk:
     """Items computed in one call. `queries_C` says whose queries, `blocks` which KV blocks; both are padded.
 
-    `hidden` (C, 1 or R, S) is what a query must not see, None where nothing is hidden. `unseen` (C, S, 1)
-    are the positions that no query of the item sees: their values may be anything, NaN included.
+    `hidden` (C, 1 or R, S) is what a query must not see, None where nothing is hidden. `unseen` lists the
+    positions, counted over the chunk (item * S + position), that no query of their item sees: their values
+    may be anything, NaN included.
     """
 
     count: int
@@ -215,8 +216,8 @@ class _BandBuilder:
         if window is not None:
             unseen_CS |= keys_CS <= first_C[:, None] - window
             hidden_CQS |= keys_CS[:, None, :] <= query_CQ1 - window
-        unseen = unseen_CS.unsqueeze(-1).to(self._device) if bool(unseen_CS.any()) else None
-        return self._rows(hidden_CQS).to(self._device), unseen
+        unseen = unseen_CS.view(-1).nonzero().view(-1)
+        return self._rows(hidden_CQS).to(self._device), unseen.to(self._device) if len(unseen) else None
 
     def _rows(self, hidden_CQS: Tensor) -> Tensor:
         """One row per query row: repeated for the heads of a kv head, padded rows see everything."""
