@@ -169,7 +169,7 @@ def sentencepiece_model(metadata: GgufMetadata, vocabulary: Vocabulary) -> bytes
         raise metadata.error("tokenizer.ggml.token_type", "marks no token as the unknown one")
     model = sentencepiece_model_pb2.ModelProto()
     for token, score, kind in zip(vocabulary.tokens, scores, types, strict=True):
-        model.text.pieces.add(piece=token, score=score, type=kind)
+        model.pieces.add(piece=token, score=score, type=kind)
     trainer = model.trainer_spec
     trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     trainer.vocab_size = len(vocabulary.tokens)
