@@ -217,11 +217,9 @@ def deploy(application: serve.Application, *, name: str) -> None:
 
 
 def undeploy(name: str) -> None:
-    """Ends an application, whose replicas first answer what they have, and then Serve itself."""
+    """Ends an application, whose replicas first answer what they have. Serve itself, which others may use, stays."""
     with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-        serve.delete(name)  # shutdown alone would end the proxies in the middle of an answer
-    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-        serve.shutdown()
+        serve.delete(name)
 
 
 def check_port(host: str, port: int) -> None:
