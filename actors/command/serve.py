@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from actors import ray_runtime
 from actors.command.cache_dir import user_cache_dir
@@ -47,7 +48,9 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
         stop = _stop_signal()
         supervisor = _start_supervisor(config, undo)
         console.print(
-            f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})", soft_wrap=True
+            f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})",
+            soft_wrap=True,
+            markup=False,
         )
         status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
         show_placement(status, console)
@@ -90,7 +93,7 @@ def _banner(status: ClusterStatus, host: str, port: int, seconds: float) -> str:
     name = host if ":" not in host else f"[{host}]"
     url = f"http://{name if name not in ('0.0.0.0', '[::]') else '127.0.0.1'}:{port}"
     body = (
-        f'{{"model": "{status.model}", "max_tokens": 64, '
+        f'{{"model": "{escape(status.model)}", "max_tokens": 64, "temperature": 0, '
         '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     )
     return (
