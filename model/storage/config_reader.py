@@ -15,6 +15,8 @@ from model.storage.rope_reader import mistral_rope, refuse_partial_rotary, rope_
 
 _MODEL_TYPES = {"MixtralForCausalLM": "mixtral", "MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
 _PARAMS_IGNORED = frozenset({"max_batch_size", "dtype"})
+_PARAMS_CONTEXT = 128_000
+"""Of a params.json that bounds no context, as most of Mistral's: mistral-inference computes so many positions."""
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -87,8 +89,6 @@ def _from_mistral(fields: Fields, generation: Fields | None) -> ModelConfig:
     fields.require("activation", ("silu",))
     vocab_size = fields.integer("vocab_size")
     stated = [fields.integer(name) for name in ("max_position_embeddings", "max_seq_len") if fields.states(name)]
-    if not stated:
-        raise fields.problem("max_seq_len", "is missing, and so is 'max_position_embeddings'; state one")
     rope_theta, rope_scaling = mistral_rope(fields)
     num_experts, top_k = 1, 1
     if fields.states("moe"):
@@ -105,7 +105,7 @@ def _from_mistral(fields: Fields, generation: Fields | None) -> ModelConfig:
         num_experts=num_experts,
         top_k=top_k,
         vocab_size=vocab_size,
-        max_context=min(stated),
+        max_context=min(stated, default=_PARAMS_CONTEXT),
         norm_eps=fields.positive("norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -164,8 +164,8 @@ def _num_kv_heads(fields: Fields, num_heads: int) -> int:
 
 
 def _sliding_window(fields: Fields, architecture: str) -> int | None:
-    if architecture == "MistralForCausalLM":
-        fields.value("sliding_window")  # this class reads an absent field as 4096, so null must be written
+    if architecture == "MistralForCausalLM" and not fields.has("sliding_window"):  # which this class reads as 4096
+        raise fields.problem("sliding_window", "is missing; state its tokens, or null where the model has none")
     window = fields.optional_integer("sliding_window")
     if window is not None and architecture == "LlamaForCausalLM":
         raise fields.problem("sliding_window", f"is {window}, but LlamaForCausalLM has no sliding window")

@@ -28,7 +28,7 @@ def rope_from_hugging_face(fields: Fields, max_context: int) -> tuple[float, Rop
     inner = None if parameters is None else parameters.optional_positive("rope_theta")
     if inner is not None and fields.states("rope_theta") and fields.positive("rope_theta") != inner:
         raise fields.problem("rope_theta", f"disagrees with '{names[-1]}.rope_theta' ({inner})")
-    theta = fields.positive("rope_theta") if inner is None else inner
+    theta = _theta(fields, "Llama and Llama 2 were trained with 10000.0") if inner is None else inner
     if parameters is None:
         return theta, None
     refuse_partial_rotary(parameters)
@@ -44,7 +44,7 @@ def refuse_partial_rotary(fields: Fields) -> None:
 
 def mistral_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling from params.json; `alpha` and `beta` are its names for YaRN's slow and fast bounds."""
-    theta = fields.positive("rope_theta")
+    theta = _theta(fields, "Mixtral was trained with 1000000.0, Mistral 7B v0.1 with 10000.0")
     if not fields.states("yarn"):
         return theta, None
     yarn = fields.object("yarn")
@@ -58,6 +58,13 @@ def mistral_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     )
     yarn.refuse_unread()
     return theta, scaling
+
+
+def _theta(fields: Fields, known: str) -> float:
+    """The base. Early files leave it out, and the programs that read them disagree on what that means."""
+    if not fields.has("rope_theta"):
+        raise fields.problem("rope_theta", f"is missing; state the base that the model was trained with ({known})")
+    return fields.positive("rope_theta")
 
 
 def _scaling(fields: Fields, parameters: Fields, max_context: int) -> RopeScaling | None:

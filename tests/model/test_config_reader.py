@@ -153,6 +153,15 @@ def test_a_missing_field_is_named(hugging_face: Callable[..., ModelConfig], fiel
         hugging_face(**{field: ABSENT})
 
 
+def test_a_missing_base_comes_with_the_published_ones(
+    hugging_face: Callable[..., ModelConfig], mistral: Callable[..., ModelConfig]
+) -> None:
+    with pytest.raises(ModelConfigError, match=r"'rope_theta' is missing; .*Mixtral was trained with 1000000\.0"):
+        mistral(rope_theta=ABSENT)
+    with pytest.raises(ModelConfigError, match=r"'rope_theta' is missing; .*Llama 2 were trained with 10000\.0"):
+        hugging_face(rope_theta=ABSENT)
+
+
 @pytest.mark.parametrize("field", [name for name in PARAMS if name not in ("moe", "max_seq_len")])
 def test_a_missing_param_is_named(mistral: Callable[..., ModelConfig], field: str) -> None:
     with pytest.raises(ModelConfigError, match=rf"params\.json: field '{field}' is missing"):
@@ -239,7 +248,7 @@ def test_an_absent_sliding_window_means_different_things_to_different_classes(
     hugging_face: Callable[..., ModelConfig],
 ) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    with pytest.raises(ModelConfigError, match="'sliding_window' is missing"):
+    with pytest.raises(ModelConfigError, match="'sliding_window' is missing; state its tokens, or null"):
         hugging_face(**mistral, sliding_window=ABSENT)
     assert hugging_face(**mistral, sliding_window=4096).sliding_window == 4096
     with pytest.raises(ModelConfigError, match="LlamaForCausalLM has no sliding window"):
@@ -268,10 +277,13 @@ def test_params_of_a_dense_model(mistral: Callable[..., ModelConfig]) -> None:
     assert config.max_context == 1000  # the smaller of the two that are stated
 
 
+def test_params_that_bound_no_context_have_that_of_mistral_inference(mistral: Callable[..., ModelConfig]) -> None:
+    assert mistral(max_seq_len=ABSENT).max_context == 128_000
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_seq_len": ABSENT}, "'max_seq_len' is missing, and so is 'max_position_embeddings'"),
         ({"moe": {"num_experts": 8}}, r"'moe\.num_experts_per_tok' is missing"),
         ({"moe": [8, 2]}, "'moe' must be an object"),
         ({"moe": {**PARAMS["moe"], "num_shared_experts": 1}}, r"'moe\.num_shared_experts' is not known"),
