@@ -44,8 +44,7 @@ class PagedAttention:
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
         self._device = torch.device(device)
-        self._scale = config.head_dim**-0.5
-        self._num_heads = config.num_heads
+        self._scale: float = config.head_dim**-0.5
         heads_per_kv = config.num_heads // config.num_kv_heads
         probe = _Probe(config, self._device)
         candidates = {heads_per_kv, *(rows for rows in _ROW_CANDIDATES if rows >= heads_per_kv)}
@@ -78,7 +77,7 @@ class PagedAttention:
         for job in plan.jobs:
             q_GnRd = self._gather_queries(q_THd, job)
             out_GnRd = _normalised(_attend(q_GnRd, kv, job))
-            out_THd.index_copy_(0, job.token_rows, self._scatter_rows(out_GnRd, job))
+            self._scatter_rows(out_GnRd, out_THd, job)
         return out_THd.flatten(1)
 
     def _gather_queries(self, q_THd: Tensor, job: Job) -> Tensor:
@@ -91,11 +90,15 @@ class PagedAttention:
             shape.heads_per_kv,
             shape.head_dim,
         )
-        q = (q_THd.index_select(0, job.token_rows) * self._scale).view(grouped).permute(2, 0, 1, 3, 4)
-        q_GnRd = q.reshape(shape.num_kv_heads, job.num_sequences, rows, shape.head_dim)
+        wanted = job.token_rows
+        q_THd = q_THd[wanted] if isinstance(wanted, slice) else q_THd.index_select(0, wanted)
+        q_GnRd = (q_THd * self._scale).view(grouped).permute(2, 0, 1, 3, 4)
+        q_GnRd = q_GnRd.reshape(shape.num_kv_heads, job.num_sequences, rows, shape.head_dim)
+        if rows == job.row_bucket:
+            return q_GnRd.contiguous()
         return torch.nn.functional.pad(q_GnRd, (0, 0, 0, job.row_bucket - rows))
 
-    def _scatter_rows(self, out_GnRd: Tensor, job: Job) -> Tensor:
+    def _scatter_rows(self, out_GnRd: Tensor, out_THd: Tensor, job: Job) -> None:
         shape, rows = self.shape, job.query_tokens * self.shape.heads_per_kv
         grouped = (
             shape.num_kv_heads,
@@ -105,7 +108,10 @@ class PagedAttention:
             shape.head_dim,
         )
         out = out_GnRd[:, :, :rows].reshape(grouped).permute(1, 2, 0, 3, 4)
-        return out.reshape(-1, self._num_heads, shape.head_dim)
+        if isinstance(job.token_rows, slice):
+            out_THd[job.token_rows].view(out.shape).copy_(out)
+        else:
+            out_THd.index_copy_(0, job.token_rows, out.reshape(-1, *out_THd.shape[1:]))
 
 
 def _attend(q_GnRd: Tensor, kv: Tensor, job: Job) -> Partial:
@@ -144,7 +150,7 @@ def _band(q_GnRd: Tensor, kv: Tensor, band: Band) -> Partial:
 def _chunk(q_GnRd: Tensor, kv: Tensor, chunk: Chunk) -> Partial:
     heads, width = q_GnRd.shape[0], q_GnRd.shape[-1]
     tiles = kv.index_select(1, chunk.blocks).to(torch.float32).view(2, heads, -1, TILE, width)
-    q_GCRd = q_GnRd.index_select(1, chunk.queries_C)
+    q_GCRd = q_GnRd if chunk.queries_C is None else q_GnRd.index_select(1, chunk.queries_C)
     if chunk.unseen is not None:
         tiles[1].view(heads, -1, width).index_fill_(1, chunk.unseen, 0.0)
     top_GCR1, sums_GCRe = _tile(q_GCRd, tiles[0], tiles[1], chunk.hidden)

@@ -23,7 +23,7 @@ from model.numerics import RowClass
 TILE = 128
 BAND_TILES = 16
 MAX_QUERY_TOKENS = 128
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,10 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Items computed in one call. `queries_C` says whose queries, `blocks` which KV blocks; both are padded.
+    """Items computed in one call.
+
+    `queries_C` says whose queries, None where the items are the job's sequences one by one; `blocks` says which
+    KV blocks. Both are padded to a batch size of the row bucket's class; `count` items are real.
 
     `hidden` (C, 1 or R, S) is what a query must not see, None where nothing is hidden. `unseen` lists the
     positions, counted over the chunk (item * S + position), that no query of their item sees: their values
@@ -51,7 +54,7 @@ class Chunk:
     """
 
     count: int
-    queries_C: Tensor
+    queries_C: Tensor | None
     blocks: Tensor
     hidden: Tensor | None
     unseen: Tensor | None
@@ -70,7 +73,7 @@ class Band:
 class Job:
     """Equally many query tokens of several sequences: all decodes, or one block of one prefill."""
 
-    token_rows: Tensor
+    token_rows: Tensor | slice  # of the step
     num_sequences: int
     query_tokens: int
     row_bucket: int
@@ -143,8 +146,10 @@ def _job(group: Sequence[_Queries], block_size: int, shape: AttentionShape, devi
     builder = _BandBuilder(group, [base[index] for index in order], block_size, shape, device)
     bands = [builder.band(start, tiles) for start in range(0, tiles[0], BAND_TILES)]
     query_tokens = group[0].count
-    rows = torch.tensor([queries.row + at for queries in group for at in range(query_tokens)], device=device)
-    return Job(rows, len(group), query_tokens, builder.row_bucket, tuple(bands))
+    rows = [queries.row + at for queries in group for at in range(query_tokens)]
+    adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
+    token_rows = slice(rows[0], rows[0] + len(rows)) if adjacent else torch.tensor(rows, device=device)
+    return Job(token_rows, len(group), query_tokens, builder.row_bucket, tuple(bands))
 
 
 def _first_tile(queries: _Queries, window: int | None) -> int:
@@ -198,7 +203,9 @@ class _BandBuilder:
         tile_C = torch.nn.functional.pad(tile_C, filler)
         hidden, unseen = self._masks(self._first[sequence_C], self._last[sequence_C], tile_C)
         blocks = self._blocks[sequence_C, tile_C].reshape(-1)
-        return Chunk(count, sequence_C.to(self._device), blocks.to(self._device), hidden, unseen)
+        one_each = sequence_C.tolist() == list(range(len(self._first)))
+        queries_C = None if one_each else sequence_C.to(self._device)
+        return Chunk(count, queries_C, blocks.to(self._device), hidden, unseen)
 
     def _masks(self, first_C: Tensor, last_C: Tensor, tile_C: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """`hidden` and `unseen` of a chunk whose query positions are first..last."""
