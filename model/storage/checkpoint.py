@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from model.storage.weight_files import open_weights
 __all__ = ["COORDINATOR", "Checkpoint", "CheckpointError", "Expert", "Owner"]
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SAMPLE_BYTES = 64
 _LINEAR_SUFFIXES = (".wq", ".wk", ".wv", ".wo", ".w1", ".w2", ".w3", "lm_head")
 
 
@@ -63,13 +64,13 @@ class Checkpoint:
         self,
         path: Path,
         config: ModelConfig,
-        weights_id: str,
+        manifest_id: str,
         places: dict[str, _Place],
         copy: StoredTensor | None,
     ) -> None:
         self.path = path
         self.config = config
-        self.weights_id = weights_id
+        self._manifest_id = manifest_id
         self._places = places
         self._tied_copy = copy
 
@@ -85,7 +86,20 @@ class Checkpoint:
         files = open_weights(path)
         copy = _tied_copy(config, files.tensors)
         places = _ledger(path, config, files.tensors)
-        return cls(path, config, _weights_id(config_file, files.headers), places, copy)
+        return cls(path, config, _manifest_id(config_file, files.headers), places, copy)
+
+    @cached_property
+    def weights_id(self) -> str:
+        """A hash of the configuration, all headers and 64 bytes amid every tensor, which are read when first asked for.
+
+        Two checkpoints of one shape differ in it wherever training changed the weights.
+        """
+        digest = hashlib.sha256(self._manifest_id.encode())
+        for place in self._places.values():
+            sample = torch.empty(min(_SAMPLE_BYTES, place.nbytes), dtype=torch.uint8)
+            read_into(place.stored.path, place.start + (place.nbytes - len(sample)) // 2, sample)
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,8 +244,8 @@ def _read_interleaved(place: _Place, target: Tensor) -> None:
             first += count
 
 
-def _weights_id(config_file: Path, headers: Iterable[SafetensorsHeader]) -> str:
-    """A hash of the configuration and all headers: names, shapes, places; not of the weights' values."""
+def _manifest_id(config_file: Path, headers: Iterable[SafetensorsHeader]) -> str:
+    """A hash of the configuration and all headers: names, shapes, places; nothing of the weights' values."""
     digest = hashlib.sha256()
     for name, content in [(config_file.name, config_file.read_bytes())] + [(h.path.name, h.raw) for h in headers]:
         digest.update(f"{name} {len(content)} ".encode())

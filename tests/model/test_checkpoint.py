@@ -316,6 +316,15 @@ def test_tied_embeddings_may_be_kept_twice_only_if_they_are_the_same(tmp_path: P
         Checkpoint.open(tmp_path)
 
 
+def test_the_weights_id_follows_the_weights(tmp_path: Path) -> None:
+    """Else two models of one shape would claim the same fingerprint, and so the same tokens."""
+    write_mixtral(tmp_path / "a", seed=1)
+    write_mixtral(tmp_path / "b", seed=2)
+    first, second = Checkpoint.open(tmp_path / "a"), Checkpoint.open(tmp_path / "b")
+    assert first.weights_id == Checkpoint.open(tmp_path / "a").weights_id != second.weights_id
+    assert pickle.loads(pickle.dumps(first)).weights_id == first.weights_id
+
+
 def test_the_weights_id_follows_configuration_and_headers(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_mixtral(tmp_path / name)
