@@ -3,6 +3,7 @@ fit.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from actors.front.front_door import FrontDoor
 from actors.front.openai_errors import context_length_exceeded, invalid
 from actors.front.openai_schema import ChatCompletionRequest, Prompt
 from model.text.chat_template import ChatTemplateError
+
+_FIELD = re.compile(r"messages(\[\d+\][\w.\[\]]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,15 @@ async def chat_prompt(front: FrontDoor, request: ChatCompletionRequest) -> Promp
     try:
         token_ids = await front.text_work(num_bytes, work)
     except ChatTemplateError as error:
-        raise invalid("messages", f"Invalid value for 'messages': {error}.") from None
+        param, reason = _blamed(str(error).rstrip("."))
+        raise invalid(param, f"Invalid value for '{param}': {reason}.") from None
     return _not_empty("messages", PromptTokens(tuple(token_ids)))
+
+
+def _blamed(reason: str) -> tuple[str, str]:
+    """The field that a chat format complains of, `messages[1].role`, and the complaint without it."""
+    field, _, complaint = reason.partition(": ")
+    return (field, complaint) if _FIELD.fullmatch(field) else ("messages", reason)
 
 
 async def _of_text(front: FrontDoor, text: str) -> PromptTokens:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from actors.front.coordinator_client import CoordinatorLost
 from actors.front.front_door import FrontDoor, FrontLimits
+from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import load_tokenizer
 from protos.coordinator_pb2 import SequenceOutput
 from protos.expert_pb2 import (
@@ -25,7 +27,7 @@ from protos.expert_pb2 import (
 )
 from tests.support.front import CONTEXT, MODEL, VOCAB, ask, client_of, make_front, post, run
 from tests.support.scripted_coordinator import Event, Script, ScriptedCoordinator, failing, raising, saying
-from tests.support.tokenizers import BOS_ID, EOS_ID, write_byte_tokenizer
+from tests.support.tokenizers import BOS_ID, EOS_ID, mixtral_sentencepiece, write_byte_tokenizer
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -371,6 +373,24 @@ def test_a_conversation_that_the_template_refuses(tmp_path: Path) -> None:
     response = post(make_front(tmp_path, ScriptedCoordinator(saying([7]))), CHAT, messages=HELLO)
     assert (response.status_code, error_of(response)["param"]) == (400, "messages")
     assert "roles must alternate" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "reason"),
+    [
+        ([{"role": "tool", "content": "x"}], "messages[0].role", "'tool' is not one of system, user, assistant"),
+        ([*HELLO, {"role": "assistant", "content": "x"}], "messages", "the last message must be the user's"),
+    ],
+)
+def test_a_message_that_the_built_in_format_refuses_is_named_once(
+    tmp_path: Path, messages: list[dict[str, str]], param: str, reason: str
+) -> None:
+    shutil.copy(mixtral_sentencepiece(), tmp_path / "tokenizer.model")
+    built_in = ChatTemplate({}, load_tokenizer(tmp_path))
+    front = make_front(tmp_path, ScriptedCoordinator(saying([7])), chat_template=built_in)
+    error = error_of(post(front, CHAT, messages=messages))
+    assert error["param"] == param
+    assert error["message"].startswith(f"Invalid value for '{param}': {reason}")
 
 
 def test_a_prompt_that_does_not_fit(model_dir: Path) -> None:
