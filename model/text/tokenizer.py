@@ -64,7 +64,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(model_dir: Path | str) -> Tokenizer:
-    """The tokenizer of the checkpoint in `model_dir`: tokenizer.json, else tokenizer.model.
+    """The tokenizer of the checkpoint in `model_dir`: tokenizer.json, else tokenizer.model, which may end in Mistral's
+    version, `.v1`.
 
     Raises TokenizerError when there is neither, or what is there cannot be used.
     """
@@ -72,6 +73,7 @@ def load_tokenizer(model_dir: Path | str) -> Tokenizer:
     special = read_special_tokens(model_dir)
     if (path := model_dir / "tokenizer.json").is_file():
         return HFTokenizer(path, special)
-    if (path := model_dir / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path, special)
+    for path in (model_dir / "tokenizer.model", *sorted(model_dir.glob("tokenizer.model.v[0-9]*"), reverse=True)):
+        if path.is_file():
+            return SentencePieceTokenizer(path, special)
     raise TokenizerError(f"{model_dir} holds neither tokenizer.json nor tokenizer.model")

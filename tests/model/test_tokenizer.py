@@ -238,6 +238,10 @@ class TestFiles:
         write_byte_tokenizer(tmp_path)
         assert isinstance(load_tokenizer(tmp_path), HFTokenizer)
 
+    def test_sentencepiece_under_the_name_that_mistral_gives_it(self, tmp_path: Path, mixtral: Tokenizer) -> None:
+        shutil.copy(mixtral_sentencepiece(), tmp_path / "tokenizer.model.v1")
+        assert load_tokenizer(tmp_path).encode("Hello", add_bos=True) == mixtral.encode("Hello", add_bos=True)
+
     def test_neither_file(self, tmp_path: Path) -> None:
         with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor tokenizer\.model"):
             load_tokenizer(tmp_path)
