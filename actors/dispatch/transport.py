@@ -17,7 +17,7 @@ import grpc
 import torch
 
 from actors.channels import ChannelError, WireCredentials, open_channel
-from actors.expert.replica import machine_id
+from actors.machine import machine_id
 from cluster.expert_map import ReplicaInfo
 from protos import expert_pb2 as pb
 from protos.codec import MAX_MESSAGE_BYTES, CodecError, encode_request, reply_seed, restore, split_reply

@@ -9,11 +9,11 @@ import asyncio
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from actors.machine import machine_id
 from protos.expert_pb2 import (
     REPLICA_STATE_DRAINING,
     REPLICA_STATE_FAILED,
@@ -136,15 +136,6 @@ class ExpertReplica:
 def state_name(state: ReplicaState) -> str:
     """`loading`, `ready`, `draining` or `failed`."""
     return _STATE_NAMES[state]
-
-
-def machine_id() -> str:
-    """Equal for two processes that may share memory: the same boot of a kernel, the same IPC namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    namespace = Path("/proc/self/ns/ipc")
-    if not boot.exists() or not namespace.exists():
-        return ""
-    return f"{boot.read_text().strip()}/{namespace.readlink()}"
 
 
 def _joined(values: Iterable[str]) -> str:
