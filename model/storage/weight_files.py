@@ -16,6 +16,7 @@ from model.storage.safetensors_file import (
 from model.storage.strict_json import JSONError, read_object
 
 _STEMS = ("model", "consolidated")  # Hugging Face's first: repositories that hold both formats hold one model
+_OTHER_FORMATS = ("pytorch_model*.bin", "consolidated*.pt*", "*.gguf")
 _MAX_NAME_BYTES = 255
 
 
@@ -56,7 +57,9 @@ def open_weights(model_dir: Path) -> WeightFiles:
     start = find_weights(model_dir)
     if start is None:
         looked_for = [name for stem in _STEMS for name in (f"{stem}.safetensors", index_name(stem))]
-        raise CheckpointError(f"{model_dir} holds no safetensors weights (looked for {', '.join(looked_for)})")
+        others = sorted(path.name for pattern in _OTHER_FORMATS for path in model_dir.glob(pattern))
+        convert = f"; {others[0]} must be converted to safetensors first" if others else ""
+        raise CheckpointError(f"{model_dir} holds no safetensors weights (looked for {', '.join(looked_for)}){convert}")
     if start.name.endswith(".index.json"):
         return _open_sharded(start)
     header = read_header(start)

@@ -153,3 +153,10 @@ def test_no_index_raises_anything_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / index_name()).write_bytes(content)
     with pytest.raises(CheckpointError):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.00.pt", "pytorch_model.bin", "model.gguf"])
+def test_weights_of_another_format_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=rf"holds no safetensors weights .*; {name} must be converted"):
+        open_weights(tmp_path)
