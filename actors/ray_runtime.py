@@ -57,6 +57,8 @@ class ActorRef:
             raise _cause(error) from None
         except ray.exceptions.RayError as error:
             raise ActorLost(f"{self.name}: {_first_line(error)}") from None
+        except TimeoutError:
+            raise TimeoutError(f"{self.name}.{method} did not answer within {timeout_s:g} s") from None
 
     def call_sync(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Calls `method` from a thread without an event loop; raises as `call` does."""
@@ -94,7 +96,7 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
             num_gpus=num_gpus,
             object_store_memory=128 * 1024 * 1024,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
 
 
@@ -103,7 +105,7 @@ def connect(address: str, namespace: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
         raise RuntimeFailure(f"no Ray cluster at {address!r}: {_first_line(error)}") from None
 
 
@@ -202,10 +204,11 @@ def start_http(host: str, port: int) -> None:
     """Starts Serve's HTTP proxy. Raises RuntimeFailure if the port is taken."""
     check_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
-    )
+    options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=75)
+    try:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise RuntimeFailure(f"the HTTP proxy did not start: {_first_line(error)}") from None
 
 
 def deploy(application: serve.Application, *, name: str) -> None:
@@ -241,4 +244,6 @@ def _cause(error: Any) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "creation task" in lines[0]:
+        return lines[-1]  # what the constructor raised, below its traceback
     return lines[0] if lines else type(error).__name__
