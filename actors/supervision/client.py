@@ -3,7 +3,8 @@
 import contextlib
 
 from actors import ray_runtime
-from actors.ray_runtime import ActorRef, RuntimeFailure
+from actors.ray_runtime import RuntimeFailure
+from actors.supervision.runtime import Actor, Runtime
 from actors.supervision.status import ClusterStatus
 
 SUPERVISOR_NAME = "supervisor"
@@ -14,7 +15,7 @@ STOP_TIMEOUT_S = 30.0
 class SupervisorClient:
     """The supervisor, for callers without an event loop."""
 
-    def __init__(self, actor: ActorRef) -> None:
+    def __init__(self, actor: Actor) -> None:
         self._actor = actor
 
     def status(self) -> ClusterStatus:
@@ -33,7 +34,7 @@ class SupervisorClient:
         self._actor.kill()
 
 
-def find_supervisor(namespace: str) -> SupervisorClient | None:
+def find_supervisor(namespace: str, runtime: Runtime = ray_runtime) -> SupervisorClient | None:
     """The running supervisor of that namespace, or None."""
-    actor = ray_runtime.find(SUPERVISOR_NAME, namespace)
+    actor = runtime.find(SUPERVISOR_NAME, namespace)
     return None if actor is None else SupervisorClient(actor)

@@ -5,7 +5,7 @@ Each looks at its processes, lets `cluster/` decide, and does what was decided. 
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.coordinator.actor import Coordinator
 from actors.expert.actor import ExpertActor
@@ -39,24 +39,31 @@ class ExpertKeeper:
     say: Say
     state: ReconcileState
     views: Mapping[str, View] = field(default_factory=dict)
+    unplaced: Mapping[ReplicaId, str] = field(default_factory=dict)
 
     async def round(self, nodes: tuple[NodeSlots, ...]) -> dict[ReplicaId, NodeId]:
         """One look and what follows from it; returns where every replica is or will be."""
         self.views = await self.fleet.observe()
         replicas = self.blueprint.replicas()
-        unplaced: dict[ReplicaId, str] = {}
+        self.unplaced = {}
         try:
             placement = place(replicas, nodes, {ReplicaId(name): node for name, node in _nodes_of(self.views).items()})
         except PlacementError as error:
-            placement, unplaced = error.placed, error.unplaced
+            placement, self.unplaced = error.placed, error.unplaced
             self.say(str(error))
         observed = [_observed(view) for view in self.views.values()]
         actions, self.state = reconcile(
-            with_nodes(replicas, placement), observed, time.monotonic(), self.state, unplaced=unplaced
+            with_nodes(replicas, placement), observed, time.monotonic(), self.state, unplaced=self.unplaced
         )
         for action in actions:
             await self._do(action)
         return placement
+
+    def overtake(self, epoch: int) -> None:
+        """Makes the map newer than `epoch`, which a coordinator has from a supervisor that is gone."""
+        current = self.state.expert_map
+        if epoch >= current.epoch:
+            self.state = replace(self.state, expert_map=replace(current, epoch=epoch + 1))
 
     async def _do(self, action: Action) -> None:
         config = self.blueprint.config
@@ -133,11 +140,9 @@ def _announce(say: Say, records: Mapping[str, Record], name: str, incarnation: i
 
 
 def _nodes_of(views: Mapping[str, View]) -> dict[str, NodeId]:
-    """Where the living processes are, as far as they have said."""
+    """Where the living processes are, or will be."""
     return {
-        name: NodeId(str(view.info["node_id"]))
-        for name, view in views.items()
-        if view.info is not None and view.dead is None
+        name: NodeId(view.node_id) for name, view in views.items() if view.node_id is not None and view.dead is None
     }
 
 

@@ -15,9 +15,10 @@ import torch
 
 from actors import ray_runtime
 from actors.channels import WireCredentials
-from actors.ray_runtime import ActorLost, ActorRef, RuntimeFailure
+from actors.ray_runtime import ActorLost, RuntimeFailure
 from actors.supervision.blueprint import Blueprint, process_env
 from actors.supervision.client import CALL_TIMEOUT_S, SUPERVISOR_NAME, SupervisorClient
+from actors.supervision.runtime import Actor, Runtime
 from actors.supervision.supervisor import Supervisor
 from cluster.budget import memory_budget
 from cluster.config import ClusterConfig, ConfigError
@@ -61,19 +62,19 @@ def check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
         raise RuntimeFailure(budget.reason)
 
 
-def ensure_supervisor(config: ClusterConfig) -> SupervisorClient:
+def ensure_supervisor(config: ClusterConfig, runtime: Runtime = ray_runtime) -> SupervisorClient:
     """The running supervisor, started if there is none."""
-    return SupervisorClient(_ensure_actor(config))
+    return SupervisorClient(_ensure_actor(config, runtime))
 
 
-async def ensure_cluster(config: ClusterConfig) -> Endpoints:
+async def ensure_cluster(config: ClusterConfig, runtime: Runtime = ray_runtime) -> Endpoints:
     """Waits until a cluster for `config` is ready, starting it where there is none.
 
     Raises RuntimeFailure when one of its actors fails for good, or none is ready after START_TIMEOUT_S.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        actor = _ensure_actor(config)
+        actor = _ensure_actor(config, runtime)
         try:
             found = await actor.call("endpoints", timeout_s=CALL_TIMEOUT_S)
             if found is not None:
@@ -85,12 +86,12 @@ async def ensure_cluster(config: ClusterConfig) -> Endpoints:
         await asyncio.sleep(READY_POLL_S)
 
 
-def _ensure_actor(config: ClusterConfig) -> ActorRef:
+def _ensure_actor(config: ClusterConfig, runtime: Runtime) -> Actor:
     """Ray restarts a supervisor that dies, with the same arguments: so the token is drawn here, once."""
-    found = ray_runtime.find(SUPERVISOR_NAME, config.namespace)
+    found = runtime.find(SUPERVISOR_NAME, config.namespace)
     if found is not None:
         return found
-    return ray_runtime.spawn(
+    return runtime.spawn(
         Supervisor,
         name=SUPERVISOR_NAME,
         namespace=config.namespace,

@@ -33,14 +33,17 @@ class MapPublisher:
 
         A map that lacks an expert is nobody's use: until it is whole, coordinators keep the one they have.
         """
+        epochs = {
+            str(view.info["address"]): int(view.info["map_epoch"])
+            for view in coordinators
+            if view.info is not None and view.dead is None and view.info["address"]
+        }
+        for gone in self._channels.keys() - epochs.keys():
+            await self._channels.pop(gone).close()
         if expert_map.missing():
             return
-        behind = [
-            str(view.info["address"])
-            for view in coordinators
-            if view.info is not None and view.dead is None and int(view.info["map_epoch"]) < expert_map.epoch
-        ]
-        await asyncio.gather(*(self._send(address, expert_map) for address in behind if address))
+        behind = [address for address, epoch in epochs.items() if epoch < expert_map.epoch]
+        await asyncio.gather(*(self._send(address, expert_map) for address in behind))
 
     async def close(self) -> None:
         """Closes all channels."""

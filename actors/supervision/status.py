@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -104,7 +105,7 @@ class ClusterStatus:
 def render(status: ClusterStatus) -> RenderableType:
     """The human form of a status: three tables and a line of summary."""
     summary = (
-        f"[bold]{status.model}[/bold]: {status.state}, map epoch {status.map_epoch}, "
+        f"[bold]{escape(status.model)}[/bold]: {status.state}, map epoch {status.map_epoch}, "
         f"balancedness {status.load.balancedness:.2f}, up {status.uptime_s:.0f} s"
     )
     return Group(summary, "", _coordinators(status), "", _replicas(status), "", _load(status))
@@ -136,7 +137,7 @@ def _coordinators(status: ClusterStatus) -> Table:
             one.state,
             str(one.pid),
             one.node[:8],
-            one.address,
+            escape(one.address),
             str(one.map_epoch),
             str(one.num_running),
             str(one.num_waiting),
@@ -159,7 +160,7 @@ def _replicas(status: ClusterStatus) -> Table:
             one.state,
             str(one.pid),
             one.node[:8],
-            one.address,
+            escape(one.address),
             str(one.inflight_tokens),
             one.kernel,
             size(one.weight_bytes),

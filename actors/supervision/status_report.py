@@ -13,6 +13,7 @@ from actors.supervision.blueprint import Blueprint
 from actors.supervision.fleet import View
 from actors.supervision.status import ClusterStatus, CoordinatorStatus, LoadStatus, ReplicaStatus
 from cluster.desired import DesiredReplica
+from cluster.ids import ReplicaId
 from cluster.load import balancedness
 from cluster.reconcile import ReconcileState
 
@@ -23,13 +24,16 @@ def report(
     experts: Mapping[str, View],
     coordinators: Mapping[str, View],
     failed: Mapping[str, str],
+    unplaced: Mapping[ReplicaId, str],
     *,
     uptime_s: float,
     draining: bool,
     events: Sequence[str],
 ) -> ClusterStatus:
-    """`failed` names processes that fail again and again, and why; times in seconds."""
-    replica_rows = [_replica(one, experts.get(one.replica_id), failed) for one in blueprint.replicas()]
+    """`failed` names processes that fail again and again, `unplaced` replicas that fit nowhere, and why."""
+    replica_rows = [
+        _replica(one, experts.get(one.replica_id), failed, unplaced, state.refused) for one in blueprint.replicas()
+    ]
     coordinator_rows = [_coordinator(one, coordinators.get(one), failed) for one in blueprint.coordinator_ids]
     states = {row.state for row in replica_rows} | {row.state for row in coordinator_rows}
     whole = not state.expert_map.missing()
@@ -82,14 +86,24 @@ def _known(row: type[ReplicaStatus] | type[CoordinatorStatus], info: Mapping[str
     return {field.name: info[field.name] for field in fields(row) if field.name in info}
 
 
-def _replica(replica: DesiredReplica, view: View | None, failed: Mapping[str, str]) -> ReplicaStatus:
+def _replica(
+    replica: DesiredReplica,
+    view: View | None,
+    failed: Mapping[str, str],
+    unplaced: Mapping[ReplicaId, str],
+    refused: Mapping[ReplicaId, str],
+) -> ReplicaStatus:
     state, detail = _state(view, failed, replica.replica_id)
+    if replica.replica_id in unplaced:
+        state, detail = "unplaced", unplaced[replica.replica_id]
+    elif state == "ready" and replica.replica_id in refused:
+        state, detail = "refused", refused[replica.replica_id]
     info = {} if view is None or view.info is None else view.info
     known = _known(ReplicaStatus, info) | {
         "replica_id": replica.replica_id,
         "expert_ids": [int(expert) for expert in replica.expert_ids],
         "layers": [int(replica.first_layer), replica.first_layer + replica.num_layers - 1],
-        "node": str(info.get("node_id") or replica.node_id or ""),
+        "node": str(info.get("node_id") or (view is not None and view.node_id) or ""),
         "loaded_bytes": int(info.get("bytes_loaded", 0)),
         "weight_bytes": int(info.get("weight_bytes") or info.get("bytes_total", 0)),
         "state": state,
@@ -101,7 +115,12 @@ def _replica(replica: DesiredReplica, view: View | None, failed: Mapping[str, st
 def _coordinator(coordinator_id: str, view: View | None, failed: Mapping[str, str]) -> CoordinatorStatus:
     state, detail = _state(view, failed, coordinator_id)
     info = {} if view is None or view.info is None else view.info
-    known = _known(CoordinatorStatus, info) | {"coordinator_id": coordinator_id, "state": state, "detail": detail}
+    known = _known(CoordinatorStatus, info) | {
+        "coordinator_id": coordinator_id,
+        "weight_bytes": int(info.get("weight_bytes") or info.get("bytes_total", 0)),
+        "state": state,
+        "detail": detail,
+    }
     return CoordinatorStatus(**known)
 
 

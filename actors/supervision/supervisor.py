@@ -19,6 +19,7 @@ from actors.supervision.blueprint import Blueprint
 from actors.supervision.fleet import Fleet
 from actors.supervision.keepers import CoordinatorKeeper, ExpertKeeper
 from actors.supervision.map_publisher import MapPublisher
+from actors.supervision.runtime import Runtime
 from actors.supervision.status import ClusterStatus
 from actors.supervision.status_report import report
 from cluster.config import ClusterConfig
@@ -42,29 +43,33 @@ class Supervisor:
     Raises CheckpointError, ModelConfigError or ConfigError when the model is not what it seems.
     """
 
-    def __init__(self, *, config: ClusterConfig) -> None:
+    def __init__(self, *, config: ClusterConfig, runtime: Runtime = ray_runtime) -> None:
         assert config.auth_token is not None, "who starts a supervisor draws the token"
-        self._config = config
+        self._runtime = runtime
         token = config.auth_token
         checkpoint = Checkpoint.open(Path(config.model))
+        # Reads a little of the files, once: here, and not in the middle of somebody's status.
+        LOG.info("%s: weights %s", config.model, checkpoint.weights_id)
         shape = checkpoint.config
         config.check_model(shape.num_experts, shape.max_context)
-        self._blueprint = Blueprint(config, checkpoint, sum(node.num_gpus for node in ray_runtime.nodes()))
+        self._blueprint = Blueprint(config, checkpoint, sum(node.num_gpus for node in runtime.nodes()))
         self._experts = ExpertKeeper(
             self._blueprint,
             token,
-            Fleet(config.namespace, "expert"),
+            Fleet(config.namespace, "expert", runtime),
             self._say,
             ReconcileState.initial(shape.num_layers, shape.num_experts),
         )
         self._coordinators = CoordinatorKeeper(
-            self._blueprint, token, Fleet(config.namespace, "coordinator"), self._say
+            self._blueprint, token, Fleet(config.namespace, "coordinator", runtime), self._say
         )
         self._credentials = WireCredentials(token, config.tls_cert, config.tls_key, config.tls_ca)
         self._publisher = MapPublisher(self._credentials)
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._began_s = time.monotonic()
         self._retired = False
+        self._was_ready = False
+        self._unheard: set[str] = set()
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     async def status(self) -> dict[str, Any]:
@@ -74,10 +79,11 @@ class Supervisor:
     async def endpoints(self) -> dict[str, Any] | None:
         """Arguments of `actors.supervision.launch.Endpoints`, or None while the cluster is not ready.
 
-        Raises RuntimeFailure when an actor cannot start.
+        Raises RuntimeFailure when an actor cannot start. In a cluster that was ready once, it is waited for.
         """
-        for name, detail in self._failed().items():
-            raise RuntimeFailure(f"{name} cannot start: {detail}")
+        if not self._was_ready:
+            for name, detail in self._failed().items():
+                raise RuntimeFailure(f"{name} cannot start: {detail}")
         status = self._status()
         if status.state != "ready":
             return None
@@ -105,23 +111,32 @@ class Supervisor:
         await self._publisher.close()
 
     async def _run(self) -> None:
-        await self._adopt()
+        adopted = False
         while True:
             try:
+                if not adopted:
+                    self._adopt()
+                    adopted = True
                 await self._round()
             except Exception:
                 LOG.exception("a round of the supervisor failed; the next one follows")
             settled = not self._experts.state.expert_map.missing()
             await asyncio.sleep(ROUND_S if settled else STARTING_ROUND_S)
 
-    async def _adopt(self) -> None:
-        """Finds what an earlier supervisor started, and goes on from the newest map it published."""
+    def _adopt(self) -> None:
+        """Finds what an earlier supervisor started; its map's epoch is overtaken once a coordinator says it."""
         self._experts.fleet.adopt(replica.replica_id for replica in self._blueprint.replicas())
         self._coordinators.fleet.adopt(self._blueprint.coordinator_ids)
-        views = (await self._coordinators.fleet.observe()).values()
-        epoch = max((int(view.info["map_epoch"]) for view in views if view.info is not None), default=0)
-        shape = self._blueprint.checkpoint.config
-        self._experts.state = ReconcileState.initial(shape.num_layers, shape.num_experts, epoch)
+        self._unheard = set(self._coordinators.fleet.members)
+
+    def _overtake_adopted(self) -> None:
+        """Each adopted coordinator has a map that this supervisor did not make, perhaps of the very same epoch."""
+        views = self._coordinators.views
+        epochs = {name: int(view.info["map_epoch"]) for name, view in views.items() if view.info is not None}
+        heard = self._unheard & epochs.keys()
+        self._unheard -= heard
+        for name in heard:
+            self._experts.overtake(epochs[name])
 
     async def _round(self) -> None:
         nodes = tuple(
@@ -132,11 +147,13 @@ class Supervisor:
                 memory_bytes=node.memory_bytes,
                 labels=node.labels,
             )
-            for node in ray_runtime.nodes()
+            for node in self._runtime.nodes()
         )
         placement = await self._experts.round(nodes)
         await self._coordinators.round(nodes, placement)
+        self._overtake_adopted()
         await self._publisher.publish(self._experts.state.expert_map, self._coordinators.views.values())
+        self._was_ready = self._was_ready or self._status().state == "ready"
 
     def _status(self) -> ClusterStatus:
         return report(
@@ -145,18 +162,20 @@ class Supervisor:
             self._experts.views,
             self._coordinators.views,
             self._failed(),
+            self._experts.unplaced,
             uptime_s=time.monotonic() - self._began_s,
             draining=self._retired,
             events=tuple(self._events),
         )
 
     def _failed(self) -> dict[str, str]:
-        """Processes that failed again and again, and why."""
+        """Processes that failed again and again, and why; once all were ready, only while they are down."""
         records = dict(self._experts.state.records) | dict(self._coordinators.records)
         return {
             name: record.detail
             for name, record in records.items()
-            if record.failures >= HOPELESS_FAILURES and record.phase is not Phase.READY
+            if record.failures >= HOPELESS_FAILURES
+            and (record.phase is Phase.ABSENT or (record.phase is not Phase.READY and not self._was_ready))
         }
 
     def _say(self, event: str) -> None:
