@@ -25,6 +25,7 @@ Address = Annotated[
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Checkpoint directory; the demo model without it.")] = None,
     host: Annotated[str, typer.Option(help="Where HTTP listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP port.", min=1, max=65535)] = 8000,
@@ -51,14 +52,15 @@ def serve(
     from actors.command import serve as serve_command
     from cluster.config import ClusterConfig, from_environment
 
+    if model is None and "OCTAVO_MODEL" not in os.environ:
+        model = str(serve_command.demo_model(_console()))
     fields = {field.name for field in dataclasses.fields(ClusterConfig)}
     arguments: dict[str, Any] = {name: value for name, value in locals().items() if name in fields}
     if kv_cache_gib is not None:
         arguments["kv_cache_bytes"] = int(kv_cache_gib * 2**30)
-    console = _console()
-    arguments["model"] = model or str(serve_command.demo_model(console))
-    config = from_environment(ClusterConfig(**arguments), os.environ)
-    serve_command.serve(config, host=host, port=port, address=address, console=console)
+    arguments["model"] = model or os.environ["OCTAVO_MODEL"]
+    config = from_environment(ClusterConfig(**arguments), _environment_below(context))
+    serve_command.serve(config, host=host, port=port, address=address, console=_console())
 
 
 @app.command()
@@ -129,6 +131,14 @@ def main() -> None:
 
         print(f"octavo: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _environment_below(context: typer.Context) -> dict[str, str]:
+    """The environment without what was typed: the command line is nearer."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    typed_variables = {f"OCTAVO_{'kv_cache_bytes' if name == 'kv_cache_gib' else name}".upper() for name in typed}
+    return {name: value for name, value in os.environ.items() if name not in typed_variables}
 
 
 def _console(*, stderr: bool = True) -> Console:

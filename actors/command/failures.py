@@ -1,5 +1,6 @@
 """How a failure is said to a person: one line, from the errors that the rooms name themselves."""
 
+from actors.channels import ChannelError
 from actors.command.chat import ChatError
 from actors.command.demo_model import DemoModelError
 from actors.command.wheel_fetch import FetchError
@@ -27,6 +28,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message was written for the person at the terminal."""
     return (
         BudgetError,
+        ChannelError,
         ChatError,
         CheckpointError,
         ConfigError,

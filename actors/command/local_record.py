@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from actors.ray_runtime import RuntimeFailure
 
 
@@ -39,12 +41,13 @@ class LocalRecord:
                 file.truncate(0)
 
     def read(self) -> Mapping[str, str]:
-        """What the running cluster wrote: url, pid, ray_address; empty when there is none."""
+        """What the running cluster wrote: url, pid, ray_address; empty when there is none, or it was killed."""
         try:
             value = json.loads(self._path.read_text() or "{}")
-        except (OSError, ValueError):
+            alive = psutil.pid_exists(int(value["pid"])) if value else False
+        except (OSError, ValueError, TypeError, LookupError):
             return {}
-        return value if isinstance(value, dict) else {}
+        return value if alive else {}
 
 
 class HeldRecord:

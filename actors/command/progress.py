@@ -10,15 +10,19 @@ from actors.ray_runtime import RuntimeFailure
 from actors.supervision.status import ClusterStatus, CoordinatorStatus, ReplicaStatus, size
 
 POLL_S = 0.25
+# States that waiting will not mend; a replica that fits nowhere may wait for a node that is just joining.
+_HOPELESS_AFTER_S = {"failed": 0.0, "refused": 0.0, "unplaced": 15.0}
 
 
-def watch_start(poll: Callable[[], ClusterStatus], console: Console, *, timeout_s: float) -> ClusterStatus:
+def watch_start(
+    poll: Callable[[], ClusterStatus], console: Console, *, timeout_s: float, poll_s: float = POLL_S
+) -> ClusterStatus:
     """Shows loading until the cluster is ready, and returns its status.
 
     Raises RuntimeFailure naming the first actor that failed, or those still missing after `timeout_s`.
     """
     columns = (TextColumn("{task.description:>14}"), BarColumn(), DownloadColumn(binary_units=True))
-    deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     said: set[str] = set()
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
@@ -28,11 +32,11 @@ def watch_start(poll: Callable[[], ClusterStatus], console: Console, *, timeout_
                 _advance(bars, tasks, actor_id, actor)
                 if actor.state == "ready" and actor_id not in said:
                     said.add(actor_id)
-                    console.print(_loaded_line(actor_id, actor), soft_wrap=True)
+                    console.print(_loaded_line(actor_id, actor), soft_wrap=True, markup=False)
             if status.state == "ready":
                 return status
-            _raise_if_hopeless(status, late=time.monotonic() > deadline, timeout_s=timeout_s)
-            time.sleep(POLL_S)
+            _raise_if_hopeless(status, time.monotonic() - began, timeout_s)
+            time.sleep(poll_s)
 
 
 def show_placement(status: ClusterStatus, console: Console) -> None:
@@ -41,7 +45,7 @@ def show_placement(status: ClusterStatus, console: Console) -> None:
     for actor_id, actor in _actors(status).items():
         by_node.setdefault(actor.node, []).append(actor_id)
     for node, actor_ids in sorted(by_node.items()):
-        console.print(f"  node {node[:8]}: {', '.join(actor_ids)}", soft_wrap=True)
+        console.print(f"  node {node[:8]}: {', '.join(actor_ids)}", soft_wrap=True, markup=False)
     for one in status.coordinators:
         tokens = one.kv_blocks_total * one.kv_block_size
         console.print(
@@ -72,10 +76,10 @@ def _loaded_line(actor_id: str, actor: CoordinatorStatus | ReplicaStatus) -> str
     )
 
 
-def _raise_if_hopeless(status: ClusterStatus, *, late: bool, timeout_s: float) -> None:
+def _raise_if_hopeless(status: ClusterStatus, waited_s: float, timeout_s: float) -> None:
     for actor_id, actor in _actors(status).items():
-        if actor.state == "failed":
-            raise RuntimeFailure(f"{actor_id} failed: {actor.detail}")
-    if late:
+        if actor.state in _HOPELESS_AFTER_S and waited_s >= _HOPELESS_AFTER_S[actor.state]:
+            raise RuntimeFailure(f"{actor_id} {actor.state}: {actor.detail}")
+    if waited_s >= timeout_s:
         waiting = [f"{name} ({actor.state})" for name, actor in _actors(status).items() if actor.state != "ready"]
         raise RuntimeFailure(f"not ready after {timeout_s:g} s: {', '.join(waiting) or status.state}")

@@ -11,7 +11,12 @@ from actors.supervision.status import ClusterStatus
 def current_status(address: str | None, namespace: str) -> ClusterStatus:
     """The status of the cluster at `address`, or of the one that this user runs on this machine."""
     where = address or LocalRecord(user_cache_dir()).read().get("ray_address") or "auto"
-    ray_runtime.connect(where, namespace)
+    try:
+        ray_runtime.connect(where, namespace)
+    except RuntimeFailure:
+        if where != "auto":
+            raise
+        raise RuntimeFailure("no octavo cluster runs here: start one with `octavo serve`, or give --address") from None
     try:
         supervisor = find_supervisor(namespace)
         if supervisor is None:
