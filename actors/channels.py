@@ -1,5 +1,4 @@
-"""All that this house sets on gRPC: options, message limits, credentials, the bearer token, health,
-reflection.
+"""All that this house sets on gRPC: options, message limits, credentials, the bearer token, health, reflection.
 
 Servers and clients are made here and nowhere else, so that one side never allows what the other refuses. What
 is said over a channel is the business of the services and of `actors.dispatch.transport`.
@@ -181,8 +180,7 @@ async def serve_grpc(
 
 
 def open_channel(address: str, credentials: WireCredentials) -> grpc.aio.Channel:
-    """A channel to `host:port` whose every call carries the token. It connects by itself, with capped
-    back-off.
+    """A channel to `host:port` whose every call carries the token. It connects by itself, with capped back-off.
 
     Make it inside a running event loop. A call that passes its own `metadata` replaces the token. Raises
     ChannelError for an unreadable TLS file.

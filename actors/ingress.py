@@ -33,8 +33,7 @@ _REFRESH_TIMEOUT_S = 10.0
 
 
 def build_app(args: dict[str, Any] | ClusterConfig) -> serve.Application:
-    """The Serve application for a cluster. `args` are `ClusterConfig`'s fields; the texts of a command line
-    do.
+    """The Serve application for a cluster. `args` are `ClusterConfig`'s fields; the texts of a command line do.
 
     Raises ConfigError naming the field when one is unknown, missing or wrong.
     """

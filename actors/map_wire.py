@@ -1,6 +1,4 @@
-"""The expert map as the wire says it. A published map's sizes are claims: they are bounded before anything is
-built.
-"""
+"""The expert map as the wire says it. A published map's sizes are claims: they are bounded before anything is built."""
 
 from actors.dispatch.remote_experts import MapRejected
 from cluster.expert_map import ExpertMap, ExpertMapError, ReplicaInfo

@@ -51,9 +51,7 @@ class BlockAllocator:
             self._free.append(block)
 
     def check_integrity(self, held: Iterable[Iterable[int]]) -> None:
-        """Audit: every block is free, or in exactly one of the `held` tables. Raises BlockError naming the
-        block.
-        """
+        """Audit: every block is free, or in exactly one of the `held` tables. Raises BlockError naming the block."""
         owners = [0] * self._num_blocks
         for block in self._free:
             owners[block] += 1

@@ -89,8 +89,7 @@ def packed_bytes(stored_bytes: int, stored_element_bytes: int, kernel: Literal["
 
 
 def choose_kv_bytes(requested: int | None, free_bytes: int, *, on_gpu: bool) -> int:
-    """Bytes for the KV cache: what was asked for, else 1 GiB (at most half of what is free), on GPUs 80 % of
-    it.
+    """Bytes for the KV cache: what was asked for, else 1 GiB (at most half of what is free), on GPUs 80 % of it.
 
     `free_bytes` is what the device has left once the weights are there. Raises BudgetError when it is too
     little.

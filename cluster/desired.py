@@ -30,8 +30,7 @@ class DesiredReplica:
 def desired_replicas(
     config: ClusterConfig, *, num_layers: int, num_experts: int, experts_on_gpu: bool, memory_bytes: int = 0
 ) -> tuple[DesiredReplica, ...]:
-    """`config.replicas` replicas of every group of `config.experts_per_actor` consecutive experts, all layers
-    each.
+    """`config.replicas` replicas of every group of `config.experts_per_actor` consecutive experts, all layers each.
 
     `memory_bytes` is the host memory of one replica. Raises ConfigError when the groups do not come out even.
     """

@@ -16,8 +16,7 @@ class ExpertMapError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
-    """One replica that can be called: it holds `expert_ids` in layers first_layer .. first_layer +
-    num_layers.
+    """One replica that can be called: it holds `expert_ids` in layers first_layer .. first_layer + num_layers.
 
     `address` is host:port of its ExpertService. `numerics_domain` says whose bits its results have: replicas
     of one expert must agree on it.

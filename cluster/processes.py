@@ -48,9 +48,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End a process; with `drain`, let it answer what it has first. It may not exist: then there is nothing to
-    do.
-    """
+    """End a process; with `drain`, let it answer what it has first. It may not exist: then there is nothing to do."""
 
     process_id: str
     incarnation: int

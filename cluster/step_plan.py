@@ -133,9 +133,7 @@ class StepPlanner:
         self._admit()
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Get the block of the next token, at the cost of the latest arrivals; False where that is
-        `sequence`.
-        """
+        """Get the block of the next token, at the cost of the latest arrivals; False where that is `sequence`."""
         missing = blocks_for(sequence.num_tokens, self.config.block_size) - len(sequence.block_table)
         if missing <= 0:
             return True
@@ -189,8 +187,6 @@ class StepPlanner:
             self._take(sequence)
 
     def _reserve(self) -> int:
-        """Blocks to leave free: one for each running sequence that may still grow, so that it is not
-        preempted soon.
-        """
+        """Blocks to leave free: one for each running sequence that may still grow, so that it is not preempted soon."""
         size = self.config.block_size
         return sum(len(s.block_table) < blocks_for(s.final_computed(self.max_len), size) for s in self.running)

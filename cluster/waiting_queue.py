@@ -1,5 +1,4 @@
-"""The bounded queue in front of the running sequences: first come, first served, counted in requests and in
-tokens.
+"""The bounded queue in front of the running sequences: first come, first served, counted in requests and in tokens.
 
 It knows how fast it has lately been emptied, so that a refusal can say when to come back. Who is admitted,
 and when, is the planner's decision.
@@ -103,9 +102,7 @@ class WaitingQueue:
         self._num_tokens -= sequence.num_tokens
 
     def observe(self, now_s: float) -> None:
-        """Tell the time. Admissions older than RATE_WINDOW_S, or than the queue's last being empty, do not
-        count.
-        """
+        """Tell the time. Admissions older than RATE_WINDOW_S, or than the queue's last being empty, do not count."""
         if self._busy_since_s is None:
             self._busy_since_s = now_s
         self._now_s = now_s

@@ -58,8 +58,7 @@ class RowClass:
 
 
 def row_candidates(flops_per_row: float) -> tuple[int, ...]:
-    """The row counts worth trying for a product of this size, so that calibration takes a fraction of a
-    second.
+    """The row counts worth trying for a product of this size, so that calibration takes a fraction of a second.
 
     Counts up to 32 are always tried; larger ones while all together stay under 8 GFLOP. A count left out only
     means that more rows are cut into more calls.

@@ -70,9 +70,7 @@ def max_rows_for(width: int, dtype: torch.dtype) -> int:
 
 
 def encode_tensor(tensor_MD: torch.Tensor, *, seed: int = 0) -> Tensor:
-    """A message with a copy of the tensor's elements, bit for bit. Raises ValueError for a dtype without a
-    name.
-    """
+    """A message with a copy of the tensor's elements, bit for bit. Raises ValueError for a dtype without a name."""
     claim, payload = describe(tensor_MD, seed=seed)
     claim.payload = bytes(payload)
     return claim
@@ -86,8 +84,7 @@ def decode_tensor(
 
 
 def describe(tensor_MD: torch.Tensor, *, seed: int = 0) -> tuple[Tensor, memoryview]:
-    """What a message says about a tensor, and a view of its bytes: copied only if on a device or not
-    contiguous.
+    """What a message says about a tensor, and a view of its bytes: copied only if on a device or not contiguous.
 
     Raises ValueError for a tensor that is not 2-d, is empty, or whose dtype has no name on the wire.
     """

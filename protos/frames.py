@@ -25,9 +25,7 @@ _MAX_FIELDS = 32  # no message of ours has more; a hostile one must not keep a P
 
 @dataclass(frozen=True, slots=True)
 class Frame(Generic[MessageT]):
-    """`header` without its tensor, `claim` the tensor without its payload, `payload` a view of the received
-    bytes.
-    """
+    """`header` without its tensor, `claim` the tensor without its payload, `payload` a view of the received bytes."""
 
     header: MessageT
     claim: Tensor
@@ -35,9 +33,7 @@ class Frame(Generic[MessageT]):
 
 
 def join(header: Message, field: int, claim: Tensor, payload: memoryview) -> bytes:
-    """The serialised `header` with `claim` + `payload` as its field number `field`, which it must not have
-    set.
-    """
+    """The serialised `header` with `claim` + `payload` as its field number `field`, which it must not have set."""
     inner = claim.SerializeToString() + _tag(_PAYLOAD) + _varint(payload.nbytes)
     outer = header.SerializeToString() + _tag(field) + _varint(len(inner) + payload.nbytes)
     return b"".join((outer, inner, payload))

@@ -93,9 +93,7 @@ class Coordinator:
         return self._report.info(self._snapshot())
 
     async def drain(self, timeout_s: float) -> int:
-        """Takes nothing new, waits up to `timeout_s` for what is in flight, returns the tokens that still
-        are.
-        """
+        """Takes nothing new, waits up to `timeout_s` for what is in flight, returns the tokens that still are."""
         if self._report.state != "failed":
             self._report.turn("draining")
         if self._service is not None:
@@ -122,9 +120,7 @@ class Coordinator:
             await self._experts.close()
 
     async def _live(self, server: GrpcServer, service: CoordinatorService, experts: RemoteExperts) -> None:
-        """Loads, waits for the experts, serves. An error ends in the state `failed`, where only reports are
-        given.
-        """
+        """Loads, waits for the experts, serves. An error ends in the state `failed`, where only reports are given."""
         try:
             self._model = await self._load()
             await self._wait_for_experts(experts)

@@ -1,6 +1,4 @@
-"""What an engine counts of itself. Tokens and preemptions are the scheduler's counters, load is
-`cluster.load`'s.
-"""
+"""What an engine counts of itself. Tokens and preemptions are the scheduler's counters, load is `cluster.load`'s."""
 
 from collections import deque
 from dataclasses import dataclass, field

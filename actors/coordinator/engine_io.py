@@ -30,8 +30,7 @@ _FINISH: Mapping[FinishReason | None, pb.FinishReason] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One checked request. `deadline_s` is on the engine's clock; `num_*logprobs` None is off, 0 the chosen
-    alone.
+    """One checked request. `deadline_s` is on the engine's clock; `num_*logprobs` None is off, 0 the chosen alone.
 
     `max_tokens` 0 scores the prompt and generates nothing; it needs `num_prompt_logprobs`.
     """

@@ -1,5 +1,4 @@
-"""One ingress's Generate stream at the coordinator: its requests by both names, and what it has still to be
-told.
+"""One ingress's Generate stream at the coordinator: its requests by both names, and what it has still to be told.
 
 Two tasks per stream: one reads, one writes. The engine waits for neither. What a message means is
 `actors.coordinator.service`'s business.
@@ -9,15 +8,14 @@ import asyncio
 from collections.abc import AsyncIterable, Callable
 from typing import Any
 
-from actors.coordinator.outbox import Outbox, OutboxOverflow, is_last
+from actors.coordinator.outbox import Outbox, OutboxOverflow
 from cluster.ids import SequenceId
 from protos.coordinator_pb2 import GenerateRequest, SequenceOutput
+from protos.outputs import is_last
 
 
 class GenerateStream:
-    """`live` maps the stream's own request ids to the engine's sequences; see `holds` for when an id is in
-    use.
-    """
+    """`live` maps the stream's own request ids to the engine's sequences; see `holds` for when an id is in use."""
 
     def __init__(self) -> None:
         self.live: dict[int, SequenceId] = {}

@@ -1,5 +1,4 @@
-"""The sequences that an engine has promised an end: how each is sampled, its deadline's alarm, its last
-output.
+"""The sequences that an engine has promised an end: how each is sampled, its deadline's alarm, its last output.
 
 Where a sequence stands is the scheduler's knowledge; this file only knows who is still owed an answer.
 """

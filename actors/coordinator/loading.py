@@ -89,9 +89,7 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
 
 
 def make_kv_cache(config: ClusterConfig, model: ModelConfig, device: torch.device) -> KVCache:
-    """As many blocks as were asked for or as the device has room for. Raises BudgetError naming what is too
-    little.
-    """
+    """As many blocks as were asked for or as the device has room for. Raises BudgetError naming what is too little."""
     on_gpu = device.type == "cuda"
     free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     dtype = default_kv_dtype(device)

@@ -1,5 +1,4 @@
-"""What one stream has still to tell its reader: outputs merged per request, so that a slow reader costs
-little.
+"""What one stream has still to tell its reader: outputs merged per request, so that a slow reader costs little.
 
 The engine never waits for a reader: `push` returns at once, and what a reader has not taken yet is merged
 into one output per request. Sending is left to the owner.
@@ -9,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 
-from protos.coordinator_pb2 import FINISH_REASON_UNSPECIFIED, GenerateReply, SequenceOutput
+from protos.coordinator_pb2 import GenerateReply, SequenceOutput
 
 # Positions, of prompts or generated, in one message: 8,192 with 20 alternatives each are 4 MB at most.
 MAX_REPLY_POSITIONS = 8192
@@ -119,11 +118,6 @@ def cut(output: SequenceOutput, max_positions: int) -> SequenceOutput:
     del output.token_ids[:tokens]
     del output.logprobs[:tokens]
     return part
-
-
-def is_last(output: SequenceOutput) -> bool:
-    """True when nothing more comes for this request."""
-    return output.finish_reason != FINISH_REASON_UNSPECIFIED
 
 
 def _switch(event: asyncio.Event, on: bool) -> None:

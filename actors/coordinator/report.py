@@ -1,6 +1,4 @@
-"""How a coordinator describes itself: its state, and its counters as the wire and as the supervisor read
-them.
-"""
+"""How a coordinator describes itself: its state, and its counters as the wire and as the supervisor read them."""
 
 import os
 from typing import Any
@@ -52,9 +50,7 @@ class CoordinatorReport:
         return reply
 
     def info(self, snapshot: SnapshotReply) -> dict[str, Any]:
-        """A snapshot and the loading progress as plain values; `node` is `node_id`, loads are lists per
-        layer.
-        """
+        """A snapshot and the loading progress as plain values; `node` is `node_id`, loads are lists per layer."""
         facts: dict[str, Any] = {one.name: getattr(snapshot, one.name) for one in snapshot.DESCRIPTOR.fields}
         for name in ("load", "window_load"):
             facts[name] = [list(layer.tokens) for layer in facts[name]]

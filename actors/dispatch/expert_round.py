@@ -45,8 +45,7 @@ class RemoteStats:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """`deadline_s` bounds a round; after `attempt_s` without an answer somebody else is asked, if there is
-    one.
+    """`deadline_s` bounds a round; after `attempt_s` without an answer somebody else is asked, if there is one.
 
     `wall_us` is the clock of deadlines on the wire, microseconds since 1970.
     """

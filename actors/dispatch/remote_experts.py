@@ -1,5 +1,4 @@
-"""RemoteExperts: the remote twin of `model.experts.LocalExperts`. One message per expert with rows, answers
-gathered.
+"""RemoteExperts: the remote twin of `model.experts.LocalExperts`. One message per expert with rows, answers gathered.
 
 No contribution is ever dropped or replaced: a `run` gives every row its expert's answer or raises. Who can be
 reached is `actors.dispatch.replica_pool`'s, asking again `actors.dispatch.expert_round`'s, counting load per expert the
@@ -19,9 +18,7 @@ __all__ = ["ExpertUnavailable", "MapRejected", "Patience", "RemoteExperts", "Rem
 
 
 class RemoteExperts:
-    """Call everything from one event loop, the constructor too. `max_message_rows` cuts long parts into
-    messages.
-    """
+    """Call everything from one event loop, the constructor too. `max_message_rows` cuts long parts into messages."""
 
     def __init__(
         self,
@@ -55,8 +52,7 @@ class RemoteExperts:
         await self._pool.wait_ready(timeout_s, all_replicas=all_replicas)
 
     async def run(self, layer: int, plan: DispatchPlan) -> torch.Tensor:
-        """out_ND: the rows of `plan`, each through its expert in `layer`, bit for bit as LocalExperts gives
-        them.
+        """out_ND: the rows of `plan`, each through its expert in `layer`, bit for bit as LocalExperts gives them.
 
         Raises ExpertUnavailable when an expert has not answered before the deadline; then nothing is given.
         """

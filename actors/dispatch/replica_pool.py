@@ -1,5 +1,4 @@
-"""The replicas that a coordinator can reach: the map in force, a link to each replica in it, and who may be
-asked.
+"""The replicas that a coordinator can reach: the map in force, a link to each replica in it, and who may be asked.
 
 Changing the map is a pointer assignment; links that leave answer what is in flight first. Sending rows and
 asking again is `actors.dispatch.expert_round`'s, the order among the able `cluster.selector`'s.

@@ -1,5 +1,4 @@
-"""The seam between a coordinator and one replica: rows go out, rows come back, by whatever lane they agreed
-on.
+"""The seam between a coordinator and one replica: rows go out, rows come back, by whatever lane they agreed on.
 
 `ExpertTransport` is the seam, `GrpcTransport` the lane that always works. A transport lives as long as one
 connection: when that breaks, everything unanswered fails at once and the transport is done. Making a new one
@@ -177,9 +176,7 @@ class GrpcTransport:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _agree(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
-        """Attach answers only when the replica is ready. Raises TransportError for one that the map does not
-        mean.
-        """
+        """Attach answers only when the replica is ready. Raises TransportError for one that the map does not mean."""
         attach: Any = channel.unary_unary(
             _METHOD + "Attach", pb.AttachRequest.SerializeToString, pb.AttachReply.FromString
         )
@@ -246,9 +243,7 @@ class GrpcTransport:
             self._distrust(detail)
 
     def _distrust(self, detail: str) -> None:
-        """A damaged message may have been any of those that are unanswered: all of them must be asked for
-        again.
-        """
+        """A damaged message may have been any of those that are unanswered: all of them must be asked for again."""
         self._counters.corrupt_replies += 1
         LOG.warning("%s: damaged message: %s", self._replica.replica_id, detail)
         for pending in self._pending.values():

@@ -1,5 +1,4 @@
-"""What one expert actor holds and how it fares: its columns, its state, its counters, and how it describes
-itself.
+"""What one expert actor holds and how it fares: its columns, its state, its counters, and how it describes itself.
 
 Everything is read and changed on the actor's event loop. Who fills it is `actors.expert.actor`, who serves from it
 `actors.expert.service`.

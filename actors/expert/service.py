@@ -90,9 +90,7 @@ class ExpertService:
         self._idle.set()
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds the service. Forward's messages come as bytes: one that cannot be parsed must not end its
-        stream.
-        """
+        """Adds the service. Forward's messages come as bytes: one that cannot be parsed must not end its stream."""
         unary = grpc.unary_unary_rpc_method_handler
         reply = pb.InfoReply.SerializeToString
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {

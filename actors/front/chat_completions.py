@@ -1,6 +1,4 @@
-"""POST /v1/chat/completions: a conversation in, the assistant's message out, as one body or as a stream of
-chunks.
-"""
+"""POST /v1/chat/completions: a conversation in, the assistant's message out, as one body or as a stream of chunks."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -50,9 +48,7 @@ class ChatCompletion:
         return head.body(choices, usage=self._usage.usage(), **self._prompt_ids())
 
     async def chunks(self) -> AsyncGenerator[Json, None]:
-        """The response piece by piece: the role, text, the end, for each choice; then the usage. Raises
-        ApiError.
-        """
+        """The response piece by piece: the role, text, the end, for each choice; then the usage. Raises ApiError."""
         head = Head.make(self._front, "chatcmpl", "chat.completion.chunk")
         greeted: set[int] = set()
         async with aclosing(run(self._front, self._plan)) as deltas:

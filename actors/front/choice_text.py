@@ -1,5 +1,4 @@
-"""One choice's tokens as text: detokenisation, stop strings, and log-probabilities that keep step with the
-text.
+"""One choice's tokens as text: detokenisation, stop strings, and log-probabilities that keep step with the text.
 
 Synchronous and free of I/O. Where the tokens come from is `actors.front.generation`'s work, how the text is framed
 for a client `actors.front.completions`' and `actors.front.chat_completions`'.
@@ -45,9 +44,7 @@ class TextRules:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """A token that stands in the text from character `start` to `end` (equal while a character is
-    incomplete).
-    """
+    """A token that stands in the text from character `start` to `end` (equal while a character is incomplete)."""
 
     token_id: int
     logprobs: PositionLogprobs | None
@@ -178,9 +175,7 @@ class ChoiceText:
         return ("length", None) if output.finish_reason == FINISH_REASON_LENGTH else (None, None)
 
     def _release(self, finish: FinishReason | None, match: Match | None) -> list[TokenEntry]:
-        """Entries whose text is out. At a stop string: those that begin before the cut; the others never
-        come.
-        """
+        """Entries whose text is out. At a stop string: those that begin before the cut; the others never come."""
         shown = self._unwatched + self._stops.num_released
         if match is not None:
             cut = self._unwatched + (match.end if self._rules.include_stop else match.start)

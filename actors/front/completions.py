@@ -1,6 +1,4 @@
-"""POST /v1/completions: prompts in, text out, as one body or as a stream of chunks; with echo and
-log-probabilities.
-"""
+"""POST /v1/completions: prompts in, text out, as one body or as a stream of chunks; with echo and log-probabilities."""
 
 import functools
 from collections.abc import AsyncGenerator

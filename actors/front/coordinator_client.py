@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 
 from actors.channels import WireCredentials, open_channel
-from actors.coordinator.outbox import is_last
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     Cancel,
@@ -29,6 +28,7 @@ from protos.coordinator_pb2 import (
 )
 from protos.coordinator_pb2_grpc import CoordinatorServiceStub
 from protos.expert_pb2 import STATUS_OVERLOADED
+from protos.outputs import is_last
 
 LOG = logging.getLogger(__name__)
 
@@ -44,8 +44,7 @@ class CoordinatorLost(ConnectionError):
 
 
 class OpenRequest:
-    """One request on the stream, and what it was answered but nobody took: one merged output, however much
-    that is.
+    """One request on the stream, and what it was answered but nobody took: one merged output, however much that is.
 
     `inflight_tokens` is what the coordinator still has to compute for it, at most.
     """
@@ -93,9 +92,7 @@ class OpenRequest:
 
 
 class CoordinatorClient:
-    """All requests of one ingress to one coordinator. Use it from one event loop; it connects when first
-    used.
-    """
+    """All requests of one ingress to one coordinator. Use it from one event loop; it connects when first used."""
 
     def __init__(
         self, address: str, credentials: WireCredentials, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
@@ -135,8 +132,7 @@ class CoordinatorClient:
             raise CoordinatorLost(f"coordinator {self.address}: {self._why_lost}") from None
 
     async def generate(self, submit: Submit) -> AsyncGenerator[SequenceOutput, None]:
-        """Submits and yields the outputs, the last of them with a finish reason; a refusal is such an output
-        too.
+        """Submits and yields the outputs, the last of them with a finish reason; a refusal is such an output too.
 
         Prompt log-probabilities all come with the first output. A reader that is slow gets several steps'
         tokens in one output. Closing the iterator before the end cancels the request. Raises CoordinatorLost.

@@ -93,8 +93,7 @@ class CoordinatorPool:
         await asyncio.gather(*(one.close() for one in self._coordinators))
 
     async def generate(self, submit: Submit) -> AsyncGenerator[SequenceOutput, None]:
-        """Outputs of one request; closing the generator cancels it. Raises CoordinatorLost when its
-        coordinator dies.
+        """Outputs of one request; closing the generator cancels it. Raises CoordinatorLost when its coordinator dies.
 
         Before the first output of a request nothing is lost, so a dead, draining or full coordinator only
         means that the next one is asked. A refusal is passed on when all have refused.

@@ -1,5 +1,4 @@
-"""Everything the HTTP routes stand on, as one value: the model's text tools, the coordinators, clocks and
-limits.
+"""Everything the HTTP routes stand on, as one value: the model's text tools, the coordinators, clocks and limits.
 
 It knows nothing of HTTP or Ray; `actors.front.http_app` makes routes of it, `actors.ingress` fills it from a
 cluster.

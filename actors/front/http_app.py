@@ -1,6 +1,4 @@
-"""The HTTP routes of one front door as a FastAPI application. It runs under any ASGI server and knows nothing
-of Ray.
-"""
+"""The HTTP routes of one front door as a FastAPI application, for any ASGI server. It knows nothing of Ray."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

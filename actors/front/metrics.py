@@ -1,5 +1,4 @@
-"""What Prometheus reads at /metrics: the front door's own counts, and the coordinators' as of their last
-snapshot.
+"""What Prometheus reads at /metrics: the front door's own counts, and the coordinators' as of their last snapshot.
 
 Names follow vLLM's with the prefix `octavo_`. The number of series is bounded: endpoints and reasons are
 closed sets, and the layer axis of the expert load is kept only up to `MAX_LOAD_SERIES`. One registry per

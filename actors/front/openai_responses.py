@@ -1,5 +1,4 @@
-"""The JSON that goes back: token names, log-probabilities in both of OpenAI's forms, usage, and the bodies'
-heads.
+"""The JSON that goes back: token names, log-probabilities in both of OpenAI's forms, usage, and the bodies' heads.
 
 Plain dictionaries, because OpenAI tells absent from null and a stream writes many of them. What fills them is
 left to `actors.front.completions` and `actors.front.chat_completions`.

@@ -45,9 +45,7 @@ def _is_token_ids(value: object) -> bool:
 
 
 def _prompts(value: object) -> object:
-    """The four forms of a completions prompt, as a list of prompts: text, texts, token ids, lists of token
-    ids.
-    """
+    """The four forms of a completions prompt, as a list of prompts: text, texts, token ids, lists of token ids."""
     if isinstance(value, str) or _is_token_ids(value):
         return [value]
     if not isinstance(value, list) or not value:

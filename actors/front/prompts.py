@@ -1,6 +1,4 @@
-"""From what a client wrote to token ids, without holding up the event loop and without reading what cannot
-fit.
-"""
+"""From what a client wrote to token ids, without holding up the event loop and without reading what cannot fit."""
 
 import functools
 import re

@@ -1,6 +1,4 @@
-"""Reads a JSON request body: within a size and a time, as JSON, into a request model. Every failure is an
-ApiError.
-"""
+"""Reads a JSON request body: within a size and a time, as JSON, into a request model. Every failure is an ApiError."""
 
 import asyncio
 from typing import TypeVar

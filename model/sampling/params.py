@@ -59,8 +59,7 @@ class SamplingParams:
 
 
 def uniform(seed: int, index: int) -> float:
-    """The random number in [0, 1) that decides output token `index` (0 is the first) of a request with
-    `seed`.
+    """The random number in [0, 1) that decides output token `index` (0 is the first) of a request with `seed`.
 
     A function and not a stream: the 53 upper bits of BLAKE2b over both numbers as little-endian 64-bit
     integers. So no batch, preemption, restart or move to another machine can change which number a token

@@ -85,8 +85,7 @@ class SamplerState:
             self._max_id = max(self._max_id, token)
 
     def penalize(self, row_V: Tensor) -> None:
-        """Apply the penalties to fp32 logits in place: repetition (arXiv 1909.05858, 4.1), then the other
-        two.
+        """Apply the penalties to fp32 logits in place: repetition (arXiv 1909.05858, 4.1), then the other two.
 
         Raises IndexError when the history holds an id that the vocabulary does not have.
         """

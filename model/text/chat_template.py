@@ -62,8 +62,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: object,
     ) -> str:
-        """The prompt as text, special tokens written out. `variables` are the template's own, such as
-        `tools`.
+        """The prompt as text, special tokens written out. `variables` are the template's own, such as `tools`.
 
         Raises ChatTemplateError with the reason, in the template's words where it gives one.
         """

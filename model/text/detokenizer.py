@@ -9,8 +9,7 @@ _CONTEXT_IDS = 16
 
 
 class IncrementalDetokenizer:
-    """Turns ids into text as they come; the pushes and the flush together are `tokenizer.decode` of all
-    ids.
+    """Turns ids into text as they come; the pushes and the flush together are `tokenizer.decode` of all ids.
 
     Half a character is held back until it is whole (at most 3 bytes), so no push returns U+FFFD for
     something that a later id would have completed. Work per id is constant.

@@ -1,6 +1,4 @@
-"""A whole coordinator in this process: real weights, real experts over gRPC, and its life from loading to
-stopped.
-"""
+"""A whole coordinator in this process: real weights, real experts over gRPC, and its life from loading to stopped."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,4 @@
-"""The coordinator's service over real gRPC: what a stream may ask, what it is told, and what is left when it
-goes.
-"""
+"""The coordinator's service over real gRPC: what a stream may ask, what it is told, and what is left when it goes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

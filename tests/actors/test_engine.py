@@ -1,6 +1,4 @@
-"""The engine over real tiny checkpoints: exact against transformers, exact under any batching, and hard to
-kill.
-"""
+"""The engine over real tiny checkpoints: exact against transformers, exact under any batching, and hard to kill."""
 
 import asyncio
 import random
@@ -415,9 +413,7 @@ def with_poisoned_token(path: Path) -> TinyModel:
 
 
 async def test_logits_that_are_no_numbers_fail_one_sequence_and_spoil_no_block(tmp_path: Path) -> None:
-    """Token 299's embedding is NaN: its sequence fails; its neighbours, and who gets its blocks next, are
-    exact.
-    """
+    """Token 299's embedding is NaN: its sequence fails; its neighbours, and who gets its blocks next, are exact."""
     model = with_poisoned_token(tmp_path)
     healthy = [request([5 + index] * 70, max_tokens=6, num_logprobs=1) for index in range(3)]
     expected = [(await tell_fresh(model, [one]))[0].exact for one in healthy]

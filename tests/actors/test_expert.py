@@ -1,6 +1,4 @@
-"""The life of an expert actor: binds, loads, serves, takes a further column, drains, stops; and fails with a
-reason.
-"""
+"""The life of an expert actor: binds, loads, serves, takes a further column, drains, stops; and fails with a reason."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from actors.coordinator.outbox import Outbox, OutboxOverflow, cut, entries, is_last, positions
+from actors.coordinator.outbox import Outbox, OutboxOverflow, cut, entries, positions
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,
@@ -13,6 +13,7 @@ from protos.coordinator_pb2 import (
     SequenceOutput,
     TokenLogprob,
 )
+from protos.outputs import is_last
 
 pytestmark = pytest.mark.anyio
 

@@ -1,6 +1,4 @@
-"""One connection: futures by sequence number, every kind of bad reply, and what its end does to what is
-unanswered.
-"""
+"""One connection: futures by sequence number, every kind of bad reply, and what its end does to what is unanswered."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

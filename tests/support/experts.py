@@ -1,6 +1,4 @@
-"""Replicas for tests of the wire: columns that compute something simple, served over real gRPC in this
-process.
-"""
+"""Replicas for tests of the wire: columns that compute something simple, served over real gRPC in this process."""
 
 import asyncio
 import threading
