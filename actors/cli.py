@@ -50,10 +50,11 @@ def serve(
 ) -> None:
     """Start the cluster and its OpenAI-compatible HTTP front door; Ctrl-C drains and stops everything."""
     from actors.command import serve as serve_command
+    from actors.command.demo_model import ensure_demo_model
     from cluster.config import ClusterConfig, from_environment
 
     if model is None and "OCTAVO_MODEL" not in os.environ:
-        model = str(serve_command.demo_model(_console()))
+        model = str(ensure_demo_model(console=_console()))
     fields = {field.name for field in dataclasses.fields(ClusterConfig)}
     arguments: dict[str, Any] = {name: value for name, value in locals().items() if name in fields}
     if kv_cache_gib is not None:

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -102,10 +101,3 @@ def _banner(status: ClusterStatus, host: str, port: int, seconds: float) -> str:
         f"    -d '{body}'\n\n"
         "  octavo chat, octavo status; Ctrl-C drains and stops\n"
     )
-
-
-def demo_model(console: Console) -> Path:
-    """The demo checkpoint, made on first use."""
-    from actors.command.demo_model import ensure_demo_model
-
-    return ensure_demo_model(console=console)
