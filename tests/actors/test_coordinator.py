@@ -263,19 +263,19 @@ async def test_an_expert_that_stays_away_fails_what_waits_and_one_that_returns_s
 
 
 async def test_an_expert_that_dies_and_returns_in_mid_generation_changes_no_token(checkpoint: Path) -> None:
-    async with cluster(checkpoint) as (coordinator, client, actors, infos):
-        undisturbed = tokens(await collect(client, 1, [5, 6], 60))
-        outputs = client.generate(submit(1, [5, 6], 60))
+    async with cluster(checkpoint) as (_, client, actors, infos):
+        undisturbed = tokens(await collect(client, 1, [5, 6], 160))
+        outputs = client.generate(submit(1, [5, 6], 160))
         told = [await anext(outputs)]
         await actors[0].stop()
         port = int(infos[0]["address"].rpartition(":")[2])
         actors[0] = expert_actor(checkpoint, 0, port)
         await actors[0].start()
         told += [output async for output in outputs]
-        info = await coordinator.info()
+        answered = (await actors[0].info())["tokens_total"]
     assert told[-1].finish_reason == FINISH_REASON_LENGTH
     assert tokens(told) == undisturbed
-    assert info["expert_retries_total"] > 0
+    assert answered > 0, "the expert that came back was never asked"
 
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new(checkpoint: Path) -> None:
