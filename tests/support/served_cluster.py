@@ -1,6 +1,5 @@
 """A real cluster for end-to-end tests: `octavo serve` in a process of its own, as a person would type it."""
 
-import ctypes
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from actors.supervision.client import find_supervisor
 from actors.supervision.status import ClusterStatus
 
 NAMESPACE = "octavo"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WITH_PARENT = Path(__file__).with_name("with_parent.py")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 90.0
 COMMAND_TIMEOUT_S = 120.0
@@ -36,12 +35,11 @@ class ServedCluster:
         self.log = home / f"serve-{self.port}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*octavo(), "serve", str(model), "--port", str(self.port), *options],
+                [sys.executable, str(WITH_PARENT), *octavo(), "serve", str(model), "--port", str(self.port), *options],
                 env=self.env,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_stop_with_parent,
             )
         self._wait_until_ready()
 
@@ -108,11 +106,6 @@ def environment(home: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
-
-
-def _stop_with_parent() -> None:
-    """Asks the kernel for SIGINT when the test process dies, so that a killed test run leaves nothing either."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def free_port() -> int:
