@@ -96,7 +96,8 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
             num_gpus=num_gpus,
             object_store_memory=128 * 1024 * 1024,
         )
-    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises bare ones: "timed out during startup" is an Exception
+        ray.shutdown()
         raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
 
 
