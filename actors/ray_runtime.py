@@ -96,7 +96,7 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
             num_gpus=num_gpus,
             object_store_memory=128 * 1024 * 1024,
         )
-    except Exception as error:  # Ray raises bare ones: "timed out during startup" is an Exception
+    except Exception as error:  # noqa: BLE001 - Ray raises bare ones, "timed out during startup" among them
         ray.shutdown()
         raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
 
