@@ -86,19 +86,23 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's workers are nice to everybody else by default; here they are what the machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    try:
-        ray.init(
-            address="local",
-            namespace=namespace,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            num_gpus=num_gpus,
-            object_store_memory=128 * 1024 * 1024,
-        )
-    except Exception as error:  # noqa: BLE001 - Ray raises bare ones, "timed out during startup" among them
-        ray.shutdown()
-        raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
+    for last in (False, True):  # Ray gives its processes 30 s, which a busy machine may need twice
+        try:
+            ray.init(
+                address="local",
+                namespace=namespace,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                num_gpus=num_gpus,
+                object_store_memory=128 * 1024 * 1024,
+            )
+            return
+        except Exception as error:  # noqa: BLE001 - Ray raises bare ones, "timed out during startup" among them
+            ray.shutdown()
+            if last:
+                raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
+            LOG.warning("Ray did not start, trying once more: %s", _first_line(error))
 
 
 def connect(address: str, namespace: str) -> None:
