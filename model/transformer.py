@@ -13,6 +13,7 @@ rows of one call, R rows whose logits are wanted, V vocabulary.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from model.kernels import PackedLinear, default_kernel, get_kernel, numerics_dom
 from model.kv_cache import KVCache
 from model.memory import release_freed_memory
 from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
+from model.phase_times import PhaseTimes
 from model.rope import RotaryTable, apply_rope_
 from model.storage.weight_source import WeightSource
 
@@ -108,6 +110,7 @@ class Backbone:
         self.device = embed_VD.device
         self.weight_bytes = weight_bytes
         self.kernel = kernel
+        self.times = PhaseTimes()
         self._embed_VD = embed_VD
         self._layers = layers
         self._head = head
@@ -158,16 +161,20 @@ class Backbone:
     @torch.no_grad()
     def begin(self, batch: ForwardBatch, kv: KVCache) -> tuple[Step, Tensor]:
         """The step's plan, and the embedded tokens h_TD."""
+        began_s = perf_counter()
         ids_T = batch.token_ids_T
         if int(ids_T.min()) < 0 or int(ids_T.max()) >= self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
         cos_T1d, sin_T1d = self._rope.rows(batch.positions_T)
         step = Step(kv, self._attention.plan(batch, kv.block_size), cos_T1d, sin_T1d)
-        return step, functional.embedding(ids_T.to(self.device), self._embed_VD).to(torch.float32)
+        h_TD = functional.embedding(ids_T.to(self.device), self._embed_VD).to(torch.float32)
+        self.times.prepare_s += perf_counter() - began_s
+        return step, h_TD
 
     @torch.no_grad()
     def before_experts(self, index: int, h_TD: Tensor, step: Step) -> tuple[Tensor, DispatchPlan]:
         """The layer's first half: attention added to h_TD, and the rows for its experts."""
+        began_s = perf_counter()
         layer, config = self._layers[index], self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
         qkv_TXd = layer.qkv(h_TD).view(len(h_TD), heads + 2 * kv_heads, config.head_dim)
@@ -175,9 +182,15 @@ class Backbone:
         step.kv.write_kv(index, step.attention.slots_T, qkv_TXd[:, heads:])
         mixed_TX = self._attention.run(qkv_TXd[:, :heads], step.kv.kv(index), step.attention)
         h_TD = h_TD + layer.output(mixed_TX)
+        attended_s = perf_counter()
         routed_TX = layer.router(h_TD)
+        routed_s = perf_counter()
         width = config.hidden_size
-        return h_TD, dispatch(routed_TX[:, :width], self._router_logits(routed_TX), config.top_k)
+        plan = dispatch(routed_TX[:, :width], self._router_logits(routed_TX), config.top_k)
+        self.times.attention_s += attended_s - began_s
+        self.times.router_s += routed_s - attended_s
+        self.times.dispatch_s += perf_counter() - routed_s
+        return h_TD, plan
 
     def _router_logits(self, routed_TX: Tensor) -> Tensor:
         """The router's columns; a dense model has none, and its only expert needs no score."""
@@ -188,12 +201,18 @@ class Backbone:
     @torch.no_grad()
     def after_experts(self, h_TD: Tensor, out_ND: Tensor, plan: DispatchPlan) -> Tensor:
         """The layer's second half: the experts' answers combined and added."""
-        return h_TD + combine(out_ND.to(self.device), plan)
+        began_s = perf_counter()
+        h_TD = h_TD + combine(out_ND.to(self.device), plan)
+        self.times.combine_s += perf_counter() - began_s
+        return h_TD
 
     @torch.no_grad()
     def logits(self, h_TD: Tensor, rows: tuple[int, ...]) -> Tensor:
         """logits_RV of the chosen rows, fp32."""
-        return self._head(h_TD.index_select(0, torch.tensor(rows, dtype=torch.long, device=self.device)))
+        began_s = perf_counter()
+        logits_RV = self._head(h_TD.index_select(0, torch.tensor(rows, dtype=torch.long, device=self.device)))
+        self.times.head_s += perf_counter() - began_s
+        return logits_RV
 
 
 class _BackboneLoader:
