@@ -15,20 +15,38 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DispatchPlan:
-    """Rows for the experts, sorted by expert and then by token, and how to undo that.
+    """Which row of which token goes to which expert, sorted by expert and then by token, and how to undo that.
 
-    `counts[e]` rows belong to expert e. Token t's answers are the rows `slots_TK[t]`, in ascending expert
-    id, to be weighted by `weights_TK[t]`. With one expert (a dense model) x_ND is x_TD itself, in token
-    order.
+    Routed row n is token `tokens_N[n]` of `x_TD`; `counts[e]` rows belong to expert e. Token t's answers are the
+    rows `slots_TK[t]`, in ascending expert id, to be weighted by `weights_TK[t]`. With one expert (a dense model)
+    the rows are the tokens, in their order.
     """
 
-    x_ND: Tensor
+    x_TD: Tensor
+    tokens_N: Tensor
     counts: tuple[int, ...]
     slots_TK: Tensor
     weights_TK: Tensor
 
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.tokens_N)
+
+    @property
+    def x_ND(self) -> Tensor:
+        """The routed rows, gathered anew at each call; a dense model's are x_TD itself."""
+        return self.x_TD if len(self.counts) == 1 else self.x_TD.index_select(0, self.tokens_N)
+
+    def gather(self, out_ND: Tensor) -> None:
+        """Writes the routed rows to `out_ND`, say, to memory that an expert reads too."""
+        if self.x_TD.device == out_ND.device and len(self.counts) > 1:
+            torch.index_select(self.x_TD, 0, self.tokens_N, out=out_ND)
+        else:
+            out_ND.copy_(self.x_ND)
+
     def rows(self, expert: int) -> slice:
-        """The rows of x_ND that belong to `expert`."""
+        """The routed rows that belong to `expert`."""
         if not 0 <= expert < len(self.counts):
             raise IndexError(f"expert {expert} is not one of the plan's {len(self.counts)}")
         start = sum(self.counts[:expert])
@@ -49,26 +67,27 @@ def dispatch(x_TD: Tensor, logits_TE: Tensor, top_k: int) -> DispatchPlan:
         raise ValueError(f"top_k must be between 1 and the number of experts ({num_experts}), got {top_k}")
     if num_experts == 1:
         return _dense(x_TD)
-    ranked_TE = torch.sort(logits_TE.to(torch.float32), dim=-1, descending=True, stable=True).indices
-    experts_TK = np.sort(ranked_TE[:, :top_k].cpu().numpy(), axis=1)
-    order_N = np.argsort(experts_TK, axis=None, kind="stable")
+    scores_TE = logits_TE.to("cpu", torch.float32).numpy()
+    experts_TK = np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k]
+    experts_TK.sort(axis=1)
+    order_N = experts_TK.ravel().argsort(kind="stable")
     slots_N = np.empty_like(order_N)
     slots_N[order_N] = np.arange(order_N.size)
     device = x_TD.device
-    chosen_TK = logits_TE.to(torch.float32).gather(1, torch.from_numpy(experts_TK).to(device))
+    chosen_TK = torch.from_numpy(np.take_along_axis(scores_TE, experts_TK, axis=1))
     return DispatchPlan(
-        x_ND=x_TD.index_select(0, torch.from_numpy(order_N // top_k).to(device)),
+        x_TD=x_TD,
+        tokens_N=torch.from_numpy(order_N // top_k).to(device),
         counts=tuple(np.bincount(experts_TK.ravel(), minlength=num_experts).tolist()),
         slots_TK=torch.from_numpy(slots_N.reshape(experts_TK.shape)).to(device),
-        weights_TK=torch.softmax(chosen_TK, dim=-1),
+        weights_TK=torch.softmax(chosen_TK, dim=-1).to(device),
     )
 
 
 def _dense(x_TD: Tensor) -> DispatchPlan:
-    tokens = len(x_TD)
-    slots_TK = torch.arange(tokens, device=x_TD.device).unsqueeze(1)
-    weights_TK = torch.ones(tokens, 1, device=x_TD.device)
-    return DispatchPlan(x_TD, (tokens,), slots_TK, weights_TK)
+    tokens_N = torch.arange(len(x_TD), device=x_TD.device)
+    weights_TK = torch.ones(len(x_TD), 1, device=x_TD.device)
+    return DispatchPlan(x_TD, tokens_N, (len(x_TD),), tokens_N.unsqueeze(1), weights_TK)
 
 
 @torch.no_grad()
@@ -77,8 +96,9 @@ def combine(out_ND: Tensor, plan: DispatchPlan) -> Tensor:
 
     The order is fixed because (a + b) + c and (a + c) + b differ in their last bits.
     """
-    if out_ND.shape != plan.x_ND.shape:
-        raise ValueError(f"experts answered with shape {tuple(out_ND.shape)}, expected {tuple(plan.x_ND.shape)}")
+    expected = (plan.num_rows, plan.x_TD.shape[1])
+    if out_ND.shape != expected:
+        raise ValueError(f"experts answered with shape {tuple(out_ND.shape)}, expected {expected}")
     out_ND = out_ND.to(torch.float32)
     if len(plan.counts) == 1:
         return out_ND

@@ -130,11 +130,12 @@ class LocalExperts:
         """out_ND: the rows of `plan`, each through its expert in `layer`."""
         if len(plan.counts) == 1:
             return self._columns[0].forward(layer, plan.x_ND)
-        out_ND = torch.empty_like(plan.x_ND)
+        x_ND = plan.x_ND
+        out_ND = torch.empty_like(x_ND)
         for expert, count in enumerate(plan.counts):
             if count:
                 rows = plan.rows(expert)
-                out_ND[rows] = self._columns[expert].forward(layer, plan.x_ND[rows])
+                out_ND[rows] = self._columns[expert].forward(layer, x_ND[rows])
         return out_ND
 
 
