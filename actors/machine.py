@@ -4,9 +4,9 @@ from pathlib import Path
 
 
 def machine_id() -> str:
-    """Equal for two processes that may share memory: the same boot of a kernel, the same IPC namespace."""
+    """Equal for two processes that may share memory and abstract sockets: one boot of a kernel, the same namespaces."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    namespace = Path("/proc/self/ns/ipc")
-    if not boot.exists() or not namespace.exists():
+    namespaces = [Path(f"/proc/self/ns/{kind}") for kind in ("ipc", "net", "user")]
+    if not boot.exists() or not all(namespace.exists() for namespace in namespaces):
         return ""
-    return f"{boot.read_text().strip()}/{namespace.readlink()}"
+    return "/".join([boot.read_text().strip(), *(str(namespace.readlink()) for namespace in namespaces)])

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 Device = Literal["auto", "cpu", "cuda"]
-Transport = Literal["auto", "grpc"]
+Transport = Literal["auto", "shm", "grpc"]
 KernelName = Literal["auto", "fp32", "fp16", "bf16"]
 
 ATTENTION_TILE = 128

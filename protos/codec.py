@@ -148,14 +148,20 @@ def split_reply(data: bytes) -> tuple[ForwardReply, frames.Frame[ForwardReply] |
 
 
 def request_seed(header: ForwardRequest) -> int:
-    """Where the CRC-32 of `hidden` begins: that of the numbers that say whose rows these are."""
-    numbers = (header.sequence, header.layer_id, header.expert_id, header.map_epoch, header.deadline_unix_us)
-    return zlib.crc32(struct.pack("<QIIQQ", *numbers))
+    """Where the CRC-32 of `hidden` begins: that of all that says whose rows these are, and what becomes of them."""
+    numbers = (header.sequence, header.layer_id, header.map_epoch, header.deadline_unix_us)
+    seed = _experts_seed(header, zlib.crc32(struct.pack("<QIQQ", *numbers)))
+    return zlib.crc32(header.merge.weights, zlib.crc32(header.merge.entries, seed))
 
 
 def reply_seed(request: ForwardRequest) -> int:
     """Where the CRC-32 of `output` begins: that of what was asked, as the replier understood it."""
-    return zlib.crc32(struct.pack("<QII", request.sequence, request.layer_id, request.expert_id))
+    return _experts_seed(request, zlib.crc32(struct.pack("<QI", request.sequence, request.layer_id)))
+
+
+def _experts_seed(header: ForwardRequest, seed: int) -> int:
+    flat = (*header.expert_ids, *header.expert_rows)
+    return zlib.crc32(struct.pack(f"<{len(flat)}I", *flat), seed)
 
 
 def _claim_seed(claim: Tensor, seed: int) -> int:

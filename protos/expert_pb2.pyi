@@ -69,36 +69,48 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("sequence", "layer_id", "expert_id", "map_epoch", "deadline_unix_us", "hidden")
+    __slots__ = ("sequence", "layer_id", "expert_ids", "expert_rows", "map_epoch", "deadline_unix_us", "merge", "hidden")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAYER_ID_FIELD_NUMBER: _ClassVar[int]
-    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAP_EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     layer_id: int
-    expert_id: int
+    expert_ids: _containers.RepeatedScalarFieldContainer[int]
+    expert_rows: _containers.RepeatedScalarFieldContainer[int]
     map_epoch: int
     deadline_unix_us: int
+    merge: Merge
     hidden: Tensor
-    def __init__(self, sequence: _Optional[int] = ..., layer_id: _Optional[int] = ..., expert_id: _Optional[int] = ..., map_epoch: _Optional[int] = ..., deadline_unix_us: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., layer_id: _Optional[int] = ..., expert_ids: _Optional[_Iterable[int]] = ..., expert_rows: _Optional[_Iterable[int]] = ..., map_epoch: _Optional[int] = ..., deadline_unix_us: _Optional[int] = ..., merge: _Optional[_Union[Merge, _Mapping]] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Merge(_message.Message):
+    __slots__ = ("entries", "weights")
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    entries: bytes
+    weights: bytes
+    def __init__(self, entries: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("sequence", "status", "detail", "output", "compute_us", "queue_us")
+    __slots__ = ("sequence", "status", "detail", "compute_us", "queue_us", "output")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     status: Status
     detail: str
-    output: Tensor
     compute_us: int
     queue_us: int
-    def __init__(self, sequence: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., output: _Optional[_Union[Tensor, _Mapping]] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+    output: Tensor
+    def __init__(self, sequence: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., output: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
@@ -151,12 +163,14 @@ class AttachRequest(_message.Message):
     def __init__(self, machine_id: _Optional[str] = ..., lanes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("lane", "endpoint")
+    __slots__ = ("lane", "endpoint", "ticket")
     LANE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     lane: str
     endpoint: str
-    def __init__(self, lane: _Optional[str] = ..., endpoint: _Optional[str] = ...) -> None: ...
+    ticket: bytes
+    def __init__(self, lane: _Optional[str] = ..., endpoint: _Optional[str] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class LoadColumnRequest(_message.Message):
     __slots__ = ("expert_id", "first_layer", "num_layers")

@@ -17,12 +17,13 @@ from actors.channels import GrpcServer, WireCredentials, serve_grpc
 from actors.coordinator.engine import Engine
 from actors.coordinator.engine_io import Failure
 from actors.coordinator.forward_driver import ForwardDriver
+from actors.coordinator.lane_memory import lane_memory
 from actors.coordinator.loading import LoadedModel, load_model, num_threads
 from actors.coordinator.report import CoordinatorReport
 from actors.coordinator.service import SERVICE, ControlHooks, CoordinatorService
 from actors.coordinator.submit_check import SubmitLimits
+from actors.dispatch.attach import Attacher
 from actors.dispatch.remote_experts import ExpertUnavailable, MapRejected, Patience, RemoteExperts
-from actors.dispatch.transport import grpc_transports
 from actors.map_wire import MapRefused, refused
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
@@ -69,8 +70,11 @@ class Coordinator:
         if self._server is not None:
             return self._server.address
         torch.set_num_threads(num_threads(self._config))
+        lanes = lane_memory(self._config)
         self._experts = RemoteExperts(
-            grpc_transports(self._credentials), Patience(deadline_s=self._config.expert_deadline_s)
+            Attacher(self._credentials, lanes, lane_only=self._config.transport == "shm"),
+            Patience(deadline_s=self._config.expert_deadline_s),
+            lanes=lanes,
         )
         hooks = ControlHooks(
             apply_map=self._apply_map, map_epoch=self._map_epoch, snapshot=self._snapshot, drain=self.drain

@@ -101,7 +101,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             if not stream.push(messages):
                 self._cancel_all(stream)
 
-    async def Generate(self, requests: AsyncIterable[pb.GenerateRequest], context: Any) -> None:  # noqa: N802
+    async def Generate(self, requests: AsyncIterable[pb.GenerateRequest], context: Any) -> None:
         """One ingress's stream. When it ends, however it ends, its requests end with it."""
         await context.send_initial_metadata(())
         stream = GenerateStream()
@@ -115,7 +115,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             LOG.warning("a stream of %s was broken off: %s", context.peer(), broken)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, broken)
 
-    async def PublishMap(self, request: pb.PublishMapRequest, context: Any) -> pb.PublishMapReply:  # noqa: N802
+    async def PublishMap(self, request: pb.PublishMapRequest, context: Any) -> pb.PublishMapReply:
         """Puts a newer map in force; the reply says which epoch is."""
         status, detail = STATUS_OK, ""
         try:
@@ -124,11 +124,11 @@ class CoordinatorService(CoordinatorServiceServicer):
             status, detail = error.status, str(error)
         return pb.PublishMapReply(map_epoch=self._hooks.map_epoch(), status=status, detail=detail)
 
-    async def Snapshot(self, request: pb.SnapshotRequest, context: Any) -> pb.SnapshotReply:  # noqa: N802
+    async def Snapshot(self, request: pb.SnapshotRequest, context: Any) -> pb.SnapshotReply:
         """The coordinator's state and counters."""
         return self._hooks.snapshot()
 
-    async def Drain(self, request: DrainRequest, context: Any) -> DrainReply:  # noqa: N802
+    async def Drain(self, request: DrainRequest, context: Any) -> DrainReply:
         """Takes nothing new and waits for what is in flight."""
         return DrainReply(inflight_tokens=await self._hooks.drain(request.timeout_ms / 1000))
 

@@ -1,40 +1,57 @@
-"""RemoteExperts: the remote twin of `model.experts.LocalExperts`. One message per expert with rows, answers gathered.
+"""RemoteExperts: the remote twin of `model.experts.LocalExperts`. One message per replica with rows, answers gathered.
 
-No contribution is ever dropped or replaced: a `run` gives every row its expert's answer or raises. Who can be
+No contribution is ever dropped or replaced: a round gives every row its expert's answer or raises. Who can be
 reached is `actors.dispatch.replica_pool`'s, asking again `actors.dispatch.expert_round`'s, counting load per expert the
 engine's.
 """
 
+from functools import partial
+
 import torch
 
-from actors.dispatch.expert_round import ExpertRound, Part, Patience, RemoteStats
+from actors.dispatch.expert_round import ExpertRound, Patience, RemoteStats
+from actors.dispatch.lane_transport import LaneMemory
 from actors.dispatch.replica_pool import ExpertUnavailable, MapRejected, ReplicaPool
-from actors.dispatch.transport import OpenTransport
+from actors.dispatch.transport import ExpertRows, OpenTransport
 from cluster.expert_map import ExpertMap
+from cluster.ids import ReplicaId
 from model.dispatch import DispatchPlan
 from protos.codec import max_rows_for
 
 __all__ = ["ExpertUnavailable", "MapRejected", "Patience", "RemoteExperts", "RemoteStats"]
 
+MESSAGE_BYTES = 1 << 20
+"""Rows that travel are cut into messages of so many bytes: one is computed while the next is under way."""
+
 
 class RemoteExperts:
-    """Call everything from one event loop, the constructor too. `max_message_rows` cuts long parts into messages."""
+    """Call everything from one event loop, the constructor too. `max_message_rows` is the most rows of a message.
+
+    `lanes` is the memory shared with replicas on this machine; without it rows only travel.
+    """
 
     def __init__(
         self,
         open_transport: OpenTransport,
         patience: Patience | None = None,
         max_message_rows: int | None = None,
+        lanes: LaneMemory | None = None,
     ) -> None:
         self.stats = RemoteStats()
         self._patience = patience or Patience()
         self._max_message_rows = max_message_rows
+        self._lanes = lanes
+        self._doorbells = None if lanes is None else lanes.doorbells
         self._pool = ReplicaPool(open_transport, self.stats.wire, self._patience.deadline_s)
 
     @property
     def expert_map(self) -> ExpertMap | None:
         """The map in force."""
         return self._pool.expert_map
+
+    def lanes(self) -> dict[ReplicaId, str]:
+        """How each replica of the map is connected: `shm`, `grpc`, or empty while it is not."""
+        return self._pool.lanes()
 
     def apply_map(self, new: ExpertMap) -> None:
         """Switches maps at once: opens connections to new replicas, closes old ones when they have answered.
@@ -51,29 +68,61 @@ class RemoteExperts:
         """
         await self._pool.wait_ready(timeout_s, all_replicas=all_replicas)
 
-    async def run(self, layer: int, plan: DispatchPlan) -> torch.Tensor:
-        """out_ND: the rows of `plan`, each through its expert in `layer`, bit for bit as LocalExperts gives them.
+    def start(self, layer: int, plan: DispatchPlan) -> ExpertRound:
+        """Sends the rows of `plan` to their experts in `layer`; await the round's `result`, or abandon it.
 
-        Raises ExpertUnavailable when an expert has not answered before the deadline; then nothing is given.
+        The result is out_ND, bit for bit as LocalExperts gives it, or ExpertUnavailable when an expert has not
+        answered before the deadline; then nothing is given.
         """
-        parts = self._parts(plan)
-        if not parts:
-            return torch.empty_like(plan.x_ND)
-        hidden_ND = plan.x_ND.detach().to("cpu")
-        step = ExpertRound(self._pool, self.stats, self._patience, layer, hidden_ND, parts)
-        return (await step.result()).to(plan.x_ND.device)
+        x_ND, free = self._gather(plan)
+        return ExpertRound(
+            self._pool,
+            self._doorbells,
+            self.stats,
+            self._patience,
+            layer,
+            x_ND,
+            _parts(plan),
+            self._max_rows(x_ND),
+            free,
+        )
+
+    async def run(self, layer: int, plan: DispatchPlan) -> torch.Tensor:
+        """`start`, and its result on the plan's device."""
+        return (await self.start(layer, plan).result()).to(plan.x_TD.device)
 
     async def close(self) -> None:
         """Closes every connection; a `run` that waits fails."""
         await self._pool.close()
+        if self._lanes is not None:
+            self._lanes.close()
 
-    def _parts(self, plan: DispatchPlan) -> list[Part]:
-        fit = max_rows_for(plan.x_ND.shape[1], plan.x_ND.dtype)
-        most = min(fit, self._max_message_rows or fit)
-        parts: list[Part] = []
-        start = 0
-        for expert, count in enumerate(plan.counts):
-            stop = start + count
-            parts += [Part(expert, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
-            start = stop
-        return parts
+    def _gather(self, plan: DispatchPlan) -> tuple[torch.Tensor, partial[None]]:
+        """The routed rows, in shared memory where there is room, and what gives the room back."""
+        width = plan.x_TD.shape[1]
+        pool = None if self._lanes is None else self._lanes.rows
+        if pool is not None and pool.region.width == width and plan.x_TD.dtype == torch.float32:
+            rows_ND = pool.take(plan.num_rows)
+            if rows_ND is not None:
+                plan.gather(rows_ND)
+                return rows_ND, partial(pool.free, rows_ND)
+        return plan.x_ND.detach().to("cpu"), partial(_nothing)
+
+    def _max_rows(self, x_ND: torch.Tensor) -> int:
+        row_bytes = x_ND.shape[1] * x_ND.dtype.itemsize
+        most = self._max_message_rows or max(1, MESSAGE_BYTES // row_bytes)
+        return min(most, max_rows_for(x_ND.shape[1], x_ND.dtype))
+
+
+def _parts(plan: DispatchPlan) -> list[ExpertRows]:
+    parts: list[ExpertRows] = []
+    start = 0
+    for expert, count in enumerate(plan.counts):
+        if count:
+            parts.append(ExpertRows(expert, slice(start, start + count)))
+        start += count
+    return parts
+
+
+def _nothing() -> None:
+    pass

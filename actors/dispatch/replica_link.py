@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 
 from actors.dispatch.transport import (
-    ExpertReply,
     ExpertRequest,
     ExpertTransport,
     OpenTransport,
+    PendingReply,
     TransportError,
     WireCounters,
 )
@@ -67,22 +67,27 @@ class ReplicaLink:
         self._keeper = asyncio.create_task(self._keep(), name=f"link to {replica.replica_id}")
 
     @property
+    def lane(self) -> str:
+        """`shm`, `grpc`, or empty while there is no connection."""
+        return "" if self._transport is None else self._transport.lane
+
+    @property
     def usable(self) -> bool:
         """True while rows can be sent."""
         return self._transport is not None and not self._transport.closed.is_set() and not self._draining
 
-    def send(self, request: ExpertRequest) -> asyncio.Future[ExpertReply]:
+    def send(self, request: ExpertRequest) -> PendingReply:
         """Sends rows; see ExpertTransport.forward. Only while `usable`."""
         if self._transport is None:
             raise TransportError(self.failure)
-        rows = len(request.hidden)
-        future = self._transport.forward(request)
+        rows = request.num_rows
         replica_id = self.replica.replica_id
         self._inflight[replica_id] = self._inflight.get(replica_id, 0) + rows
         self._unanswered += 1
         self._idle.clear()
-        future.add_done_callback(partial(self._answered, rows))
-        return future
+        reply = self._transport.forward(request)
+        reply.when_done(partial(self._answered, rows))
+        return reply
 
     def mark_suspect(self) -> None:
         """It took too long: others are preferred until it answers anything, or is connected to afresh."""
@@ -111,35 +116,34 @@ class ReplicaLink:
         pause = pauses()
         loop = asyncio.get_running_loop()
         while True:
-            transport = self._open_transport(self.replica, self._counters)
             since_s = loop.time()
             try:
-                await self._use(transport)
+                await self._use(await self._open_transport(self.replica, self._counters, CONNECT_TIMEOUT_S))
             except TransportError as error:
                 self.failure = str(error)
                 LOG.warning("%s cannot be reached: %s", self.replica.replica_id, error)
                 self._transport = None
                 self._on_change()
-            finally:
-                self._transport = None
-                await transport.close()
             if loop.time() - since_s >= _STEADY_S:
                 pause = pauses()
             await asyncio.sleep(next(pause))
 
     async def _use(self, transport: ExpertTransport) -> None:
-        await transport.connect(CONNECT_TIMEOUT_S)
         self._transport = transport
-        self._draining = False
-        self.suspect = False
-        self.failure = "connected"
-        LOG.info("%s is connected", self.replica.replica_id)
-        self._on_change()
-        await transport.closed.wait()
+        try:
+            self._draining = False
+            self.suspect = False
+            self.failure = "connected"
+            LOG.info("%s is connected by %s", self.replica.replica_id, transport.lane)
+            self._on_change()
+            await transport.closed.wait()
+        finally:
+            self._transport = None
+            await transport.close()
         raise TransportError(transport.reason)
 
-    def _answered(self, rows: int, reply: asyncio.Future[ExpertReply]) -> None:
-        if not reply.cancelled() and reply.exception() is None:
+    def _answered(self, rows: int, reply: PendingReply) -> None:
+        if not reply.cancelled() and not isinstance(reply.outcome(), TransportError):
             self.suspect = False
         self._inflight[self.replica.replica_id] -= rows
         self._unanswered -= 1

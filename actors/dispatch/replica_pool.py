@@ -42,6 +42,7 @@ class ReplicaPool:
         self._retire_s = retire_s
         self._map: ExpertMap | None = None
         self._links: dict[ReplicaId, ReplicaLink] = {}
+        self._named: dict[tuple[int, int], tuple[ReplicaLink, ...]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._inflight: dict[ReplicaId, int] = {}
         self._usable: frozenset[ReplicaId] = frozenset()
@@ -64,6 +65,14 @@ class ReplicaPool:
         links = [self._links[replica.replica_id] for replica in ranked]
         return sorted((link for link in links if link.usable), key=lambda link: link.suspect)
 
+    def best(self, layer: int, expert: int) -> ReplicaLink | None:
+        """The first of `able`, found quickly: this is asked for every expert of every layer."""
+        named = self._named.get((layer, expert), ())
+        if len(named) == 1:
+            return named[0] if named[0].usable else None
+        able = self.able(layer, expert)
+        return able[0] if able else None
+
     def apply_map(self, new: ExpertMap) -> None:
         """Switches to `new` at once; applying the map in force again does nothing. Raises MapRejected."""
         if new == self._map:
@@ -75,6 +84,11 @@ class ReplicaPool:
                 self._retire(link)
         self._links = links
         self._map = new
+        self._named = {
+            (layer, expert): tuple(links[one.replica_id] for one in new.replicas_for(LayerId(layer), ExpertId(expert)))
+            for layer in range(new.num_layers)
+            for expert in range(new.num_experts)
+        }
         self._note_change()
 
     async def wait_ready(self, timeout_s: float, *, all_replicas: bool) -> None:
@@ -106,11 +120,15 @@ class ReplicaPool:
     async def close(self) -> None:
         """Closes every connection; what is in flight fails."""
         self.closed = True
-        links, self._links, self._map = list(self._links.values()), {}, None
+        links, self._links, self._named, self._map = list(self._links.values()), {}, {}, None
         for task in self._retiring:
             task.cancel()
         await asyncio.gather(*(link.close() for link in links), *self._retiring, return_exceptions=True)
         self._note_change()
+
+    def lanes(self) -> dict[ReplicaId, str]:
+        """By which lane each replica of the map is connected; empty for one that is not."""
+        return {replica_id: link.lane for replica_id, link in self._links.items()}
 
     def _check(self, new: ExpertMap) -> None:
         if self.closed:

@@ -18,6 +18,8 @@ import torch
 
 from actors.channels import GrpcServer, WireCredentials, serve_grpc
 from actors.expert.compute_thread import ComputeThread
+from actors.expert.desk import Desk
+from actors.expert.lane_server import LaneServer
 from actors.expert.replica import ExpertReplica, state_name
 from actors.expert.service import SERVICE, ExpertService, LoadError
 from model.experts import Calibrations, ExpertColumn
@@ -35,7 +37,8 @@ class ExpertActor:
 
     `expert_ids` are the columns it holds, each for layers `first_layer` .. `first_layer + num_layers - 1`;
     `kernel` may be "auto", `device` is what torch calls it. `port` 0 takes a free one. `max_queue_tokens`
-    bounds the rows that wait and are computed. `min_map_epoch` refuses senders whose map is older.
+    bounds the rows that wait and are computed. `min_map_epoch` refuses senders whose map is older. Without `lane`
+    rows come by gRPC only.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ExpertActor:
         threads: int = 1,
         max_queue_tokens: int = 16_384,
         min_map_epoch: int = 0,
+        lane: bool = True,
     ) -> None:
         _check(replica_id, expert_ids, first_layer, num_layers, max_queue_tokens)
         layers = range(first_layer, first_layer + num_layers)
@@ -73,6 +77,8 @@ class ExpertActor:
         self._compute = ComputeThread(replica_id, threads)
         self._checkpoint: Checkpoint | None = None
         self._calibrated: Calibrations = {}
+        self._lane = lane
+        self._lanes: LaneServer | None = None
         self._service: ExpertService | None = None
         self._server: GrpcServer | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -87,13 +93,10 @@ class ExpertActor:
         """
         if self._server is not None:
             return self._server.address
-        self._service = ExpertService(
-            self._replica,
-            self._compute,
-            self._load_column,
-            max_queue_tokens=self._max_queue_tokens,
-            min_map_epoch=self._min_map_epoch,
-        )
+        desk = Desk(self._replica, max_queue_tokens=self._max_queue_tokens, min_map_epoch=self._min_map_epoch)
+        if self._lane:
+            self._lanes = LaneServer(desk, self._compute)
+        self._service = ExpertService(desk, self._compute, self._load_column, self._lanes)
         host, port = self._bind
         self._server = await serve_grpc(
             self._service.register,
@@ -104,6 +107,8 @@ class ExpertActor:
             serving=False,
         )
         self._replica.address = self._server.address
+        if self._lanes is not None:
+            self._lanes.watch()
         self._compute.start()
         self._loading = asyncio.create_task(self._load_all(self._server))
         return self._server.address
@@ -137,6 +142,8 @@ class ExpertActor:
         self._stopping = True
         await self._server.stop(_STOP_GRACE_S if self._replica.inflight_tokens else 0.0)
         await self._compute.stop()
+        if self._lanes is not None:
+            self._lanes.close()
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)

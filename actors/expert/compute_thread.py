@@ -1,17 +1,20 @@
 """The one thread of a process that runs kernels, so that the event loop beside it always answers.
 
 One thread, because every thread that calls into torch gets an OpenMP pool of its own, and two pools on the
-same cores ruin both. What a job does and whether it may be dropped is the caller's; the queue's bound is the
-caller's too, in tokens (see `actors.expert.service`).
+same cores ruin both. It also watches doorbells between two jobs, so that rows from a lane are computed where they
+arrive, without a hand-over. What a job does and whether it may be dropped is the caller's; the queue's bound is the
+caller's too, in tokens (see `actors.expert.desk`).
 """
 
 import asyncio
+import heapq
 import logging
+import os
+import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
-from queue import PriorityQueue
 from typing import TypeVar
 
 import torch
@@ -25,7 +28,7 @@ _FIRST = -1  # before every deadline
 
 
 class ComputeThread:
-    """Runs jobs by urgency, then in order of arrival. `failures` counts jobs that raised."""
+    """Runs jobs by urgency, then in order of arrival. `failures` counts jobs and watchers that raised."""
 
     def __init__(self, name: str, num_threads: int) -> None:
         if num_threads < 1:
@@ -33,7 +36,13 @@ class ComputeThread:
         self.num_threads = num_threads
         self.failures = 0
         self._arrivals = count()
-        self._jobs: PriorityQueue[tuple[int, int, Job | None]] = PriorityQueue()
+        self._jobs: list[tuple[int, int, Job | None]] = []
+        self._lock = threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._watchers: dict[int, Job] = {}
+        self._ended = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
@@ -42,7 +51,19 @@ class ComputeThread:
 
     def submit(self, job: Job, urgency: int = 0) -> None:
         """Queues `job`; the smallest urgency (say, a deadline) runs first. It reports its own errors."""
-        self._jobs.put((urgency, next(self._arrivals), job))
+        self._put(urgency, job)
+        if threading.current_thread() is not self._thread:
+            self._ring()
+
+    def watch(self, fd: int, on_readable: Job) -> None:
+        """Calls `on_readable` in the thread whenever `fd` can be read, between two jobs."""
+        self._watchers[fd] = on_readable
+        self._poll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Forgets `fd`; call it before closing."""
+        if self._watchers.pop(fd, None) is not None and not self._poll.closed:
+            self._poll.unregister(fd)
 
     async def call(self, function: Callable[[], ResultT]) -> ResultT:
         """Runs `function` in the thread before all that waits, and returns or raises what it does."""
@@ -61,16 +82,45 @@ class ComputeThread:
 
     async def stop(self) -> None:
         """Ends the thread after the job that runs now; what is queued behind it is dropped."""
-        self._jobs.put((_FIRST - 1, next(self._arrivals), None))
+        if self._ended:
+            return
+        self._ended = True
+        self._put(_FIRST - 1, None)
+        self._ring()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._poll.close()
+        os.close(self._wake)
+
+    def _put(self, urgency: int, job: Job | None) -> None:
+        with self._lock:
+            heapq.heappush(self._jobs, (urgency, next(self._arrivals), job))
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     def _work(self) -> None:
         torch.set_num_threads(self.num_threads)
-        while (job := self._jobs.get()[2]) is not None:
-            try:
-                job()
-            except Exception:  # one bad job must not end the thread
-                self.failures += 1
-                LOG.exception("a compute job failed")
-            del job  # a job holds a message's rows: not until the next one comes
+        with torch.inference_mode():
+            while (job := self._next()) is not None:
+                self._guarded(job)
+                del job  # a job holds a message's rows: not until the next one comes
+
+    def _next(self) -> Job | None:
+        """The most urgent job, once every doorbell has been looked at."""
+        while True:
+            for fd, _ in self._poll.poll(0 if self._jobs else None):
+                if fd == self._wake:
+                    os.eventfd_read(fd)
+                elif (watcher := self._watchers.get(fd)) is not None:
+                    self._guarded(watcher)
+            with self._lock:
+                if self._jobs:
+                    return heapq.heappop(self._jobs)[2]
+
+    def _guarded(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:  # one bad job must not end the thread
+            self.failures += 1
+            LOG.exception("a compute job failed")

@@ -1,12 +1,13 @@
 """What one expert actor holds and how it fares: its columns, its state, its counters, and how it describes itself.
 
-Everything is read and changed on the actor's event loop. Who fills it is `actors.expert.actor`, who serves from it
-`actors.expert.service`.
+State changes on the actor's event loop; tokens are counted there and in the compute thread, under a lock. Who fills it
+is `actors.expert.actor`, who serves from it `actors.expert.desk`.
 """
 
 import asyncio
 import os
-from collections.abc import Collection, Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,6 +87,9 @@ class ExpertReplica:
     counters: ReplicaCounters = field(default_factory=ReplicaCounters)
     progress: LoadProgress = field(default_factory=LoadProgress)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    on_idle: Callable[[], None] | None = None
+    """Called, in any thread, whenever the last token in flight is answered."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _columns: list[Column] = field(default_factory=list)
     _held: dict[tuple[int, int], Column] = field(default_factory=dict)
 
@@ -101,6 +105,34 @@ class ExpertReplica:
     def holds(self, expert: int, layers: Iterable[int]) -> bool:
         """True when it holds `expert` in all of `layers`."""
         return all((layer, expert) in self._held for layer in layers)
+
+    def take(self, tokens: int, limit: int) -> int | None:
+        """Takes tokens in, unless more than `limit` would be in flight: then the room there is. None is yes."""
+        with self._lock:
+            if self.inflight_tokens + tokens > limit:
+                return limit - self.inflight_tokens
+            self.inflight_tokens += tokens
+            self.counters.messages_total += 1
+            return None
+
+    def refuse(self) -> None:
+        """Counts a message that was not taken in."""
+        with self._lock:
+            self.counters.messages_total += 1
+            self.counters.refused_total += 1
+
+    def give_back(self, inflight: int, *, tokens: int, queue_us: int, compute_us: int, errors: int) -> None:
+        """What `take` took in is answered."""
+        with self._lock:
+            self.inflight_tokens -= inflight
+            idle = self.inflight_tokens == 0
+            counters = self.counters
+            counters.tokens_total += tokens
+            counters.queue_us_total += queue_us
+            counters.compute_us_total += compute_us
+            counters.errors_total += errors
+        if idle and self.on_idle is not None:
+            self.on_idle()
 
     def settle(self, state: ReplicaState, detail: str = "") -> None:
         """Loading has ended: READY or FAILED. A replica that was told to drain meanwhile stays DRAINING."""

@@ -1,15 +1,13 @@
 """ExpertService: what an expert actor answers on its port.
 
 Rows of a stream are checked, queued and computed one message at a time; replies may come in any order. A
-message that is wrong gets an error for a reply, its stream goes on. The queue is bounded in tokens, and of a
-peer that does not read its replies nothing more is read. The columns themselves are in
-`actors.expert.replica`, the thread that runs them in `actors.expert.compute_thread`; who may call at all is decided
-before, in `actors.channels`.
+message that is wrong gets an error for a reply, its stream goes on. Of a peer that does not read its replies
+nothing more is read. Taking rows in and computing them is `actors.expert.desk`'s, rows by shared memory
+`actors.expert.lane_server`'s; who may call at all is decided before, in `actors.channels`.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +17,10 @@ import grpc
 import torch
 
 from actors.expert.compute_thread import ComputeThread
-from actors.expert.replica import Column, ExpertReplica, state_name
+from actors.expert.desk import Admitted, Desk, Outcome, Refused
+from actors.expert.lane_server import LaneServer
+from actors.expert.merge import Merged, unpack_merge
+from actors.expert.replica import state_name
 from actors.expert.reply_stream import ReplyStream
 from protos import expert_pb2 as pb
 from protos.codec import CodecError, encode_reply, max_rows_for, request_seed, restore, split_request
@@ -40,51 +41,26 @@ class LoadError(Exception):
     """A column that this replica cannot load; the message says why."""
 
 
-class Refused(Exception):
-    """A request that is answered with `status` instead of rows."""
-
-    def __init__(self, status: pb.Status, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-
-
 @dataclass(slots=True)
 class _Work:
     request: pb.ForwardRequest
-    hidden: torch.Tensor  # (M, D)
-    column: Column
+    admitted: Admitted
+    hidden: torch.Tensor  # (M, D), or (entries, D) with a merge
+    merged: Merged | None
     stream: ReplyStream
-    arrived_s: float
-
-
-@dataclass(slots=True)
-class _Outcome:
-    reply: bytes
-    status: pb.Status
-    queue_us: int = 0
-    compute_us: int = 0
 
 
 class ExpertService:
-    """Serves one replica. `wall_us` is the clock of deadlines, microseconds since 1970."""
+    """Serves one replica over gRPC; `lanes` offers the same-node lane to those who can use it."""
 
     def __init__(
-        self,
-        replica: ExpertReplica,
-        compute: ComputeThread,
-        load_column: LoadColumn,
-        *,
-        max_queue_tokens: int,
-        min_map_epoch: int = 0,
-        wall_us: Callable[[], int] = lambda: time.time_ns() // 1000,
+        self, desk: Desk, compute: ComputeThread, load_column: LoadColumn, lanes: LaneServer | None = None
     ) -> None:
-        self._replica = replica
+        self._desk = desk
+        self._replica = desk.replica
         self._compute = compute
         self._load_column = load_column
-        self._max_queue_tokens = max_queue_tokens
-        self._min_map_epoch = min_map_epoch
-        self._wall_us = wall_us
+        self._lanes = lanes
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -104,13 +80,21 @@ class ExpertService:
 
     async def drain(self, timeout_s: float) -> int:
         """Takes nothing new, waits for what is in flight, and returns the tokens still unanswered."""
-        if self._replica.state != pb.REPLICA_STATE_FAILED:
-            self._replica.state = pb.REPLICA_STATE_DRAINING
+        replica = self._replica
+        if replica.state != pb.REPLICA_STATE_FAILED:
+            replica.state = pb.REPLICA_STATE_DRAINING
+        self._idle.clear()
+        replica.on_idle = self._note_idle
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            if replica.inflight_tokens:
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            LOG.warning("%s: %d tokens still in flight", self._replica.replica_id, self._replica.inflight_tokens)
-        return self._replica.inflight_tokens
+            LOG.warning("%s: %d tokens still in flight", replica.replica_id, replica.inflight_tokens)
+        return replica.inflight_tokens
+
+    def _note_idle(self) -> None:
+        """In any thread."""
+        self._loop.call_soon_threadsafe(self._idle.set)
 
     async def _forward(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         stream = ReplyStream()
@@ -127,116 +111,82 @@ class ExpertService:
             await asyncio.gather(writer, return_exceptions=True)
 
     def _receive(self, data: bytes, stream: ReplyStream) -> None:
-        self._replica.counters.messages_total += 1
-        arrived_s = time.monotonic()
         sequence = 0
         try:
             frame = split_request(data)
             sequence = frame.header.sequence
-            column = self._admit(frame)
-            hidden_MD = self._rows(frame)
+            work = self._take_in(frame, stream)
         except (Refused, CodecError) as error:
-            self._replica.counters.refused_total += 1
+            self._replica.refuse()
             stream.push(_refusal(sequence or getattr(error, "sequence", 0), error.status, error.detail))
             return
-        work = _Work(frame.header, hidden_MD, column, stream, arrived_s)
         stream.unanswered += 1
-        self._replica.inflight_tokens += len(hidden_MD)
-        self._idle.clear()
         # By deadline: rows that were replayed here after a failure elsewhere are older, so they come first.
         self._compute.submit(partial(self._run, work), frame.header.deadline_unix_us)
 
-    def _admit(self, frame: Frame[pb.ForwardRequest]) -> Column:
-        """Checks all but the rows, cheapest first, and that there is room for them. Raises Refused."""
-        request, replica = frame.header, self._replica
-        if request.sequence == 0 or request.deadline_unix_us == 0:
-            raise Refused(pb.STATUS_INVALID, "sequence and deadline_unix_us must not be 0")
-        if replica.state == pb.REPLICA_STATE_DRAINING:
-            raise Refused(pb.STATUS_DRAINING, "this replica is draining")
-        if replica.state != pb.REPLICA_STATE_READY:
-            raise Refused(pb.STATUS_NOT_HELD, f"this replica is {state_name(replica.state)}")
-        if request.map_epoch < self._min_map_epoch:
-            stale = f"map_epoch {request.map_epoch} is older than {self._min_map_epoch}"
-            raise Refused(pb.STATUS_STALE_EPOCH, stale)
-        column = replica.find(request.layer_id, request.expert_id)
-        if column is None:
-            where = f"expert {request.expert_id} in layer {request.layer_id}"
-            raise Refused(pb.STATUS_NOT_HELD, f"this replica does not hold {where}")
-        self._check_deadline(request)
-        claimed = frame.claim.shape[0] if frame.claim.shape else 0
-        if claimed <= self._max_queue_tokens < replica.inflight_tokens + claimed:
-            room = self._max_queue_tokens - replica.inflight_tokens
-            raise Refused(pb.STATUS_OVERLOADED, f"{claimed} rows, room for {room}")
-        return column
+    def _take_in(self, frame: Frame[pb.ForwardRequest], stream: ReplyStream) -> _Work:
+        """Checked rows with a place in the queue. Raises Refused or CodecError."""
+        request = frame.header
+        if request.sequence == 0:
+            raise Refused(pb.STATUS_INVALID, "sequence, experts and deadline_unix_us must not be 0")
+        admitted = self._desk.admit(
+            request.layer_id,
+            request.expert_ids,
+            request.expert_rows,
+            map_epoch=request.map_epoch,
+            deadline_unix_us=request.deadline_unix_us,
+        )
+        try:
+            hidden = self._rows(frame)
+            merged = unpack_merge(request, len(hidden))
+            return _Work(request, admitted, hidden, merged, stream)
+        except CodecError:
+            self._desk.finish(admitted, None)
+            raise
 
     def _rows(self, frame: Frame[pb.ForwardRequest]) -> torch.Tensor:
         width = self._replica.hidden_size
-        most = min(self._max_queue_tokens, max_rows_for(width, torch.float16))
+        most = min(self._desk.max_queue_tokens, max_rows_for(width, torch.float16))
         seed = request_seed(frame.header)
-        hidden_MD = restore(frame.claim, frame.payload, max_rows=most, width=width, dtypes=WIRE_DTYPES, seed=seed)
-        self._replica.map_epoch = max(self._replica.map_epoch, frame.header.map_epoch)
-        return hidden_MD
-
-    def _check_deadline(self, request: pb.ForwardRequest) -> None:
-        late_us = self._wall_us() - request.deadline_unix_us
-        if late_us >= 0:
-            raise Refused(pb.STATUS_DEADLINE_EXCEEDED, f"expired {late_us / 1e3:.1f} ms ago")
+        return restore(frame.claim, frame.payload, max_rows=most, width=width, dtypes=WIRE_DTYPES, seed=seed)
 
     def _run(self, work: _Work) -> None:
         """In the compute thread."""
-        outcome = None if work.stream.gone else self._outcome(work)
-        self._loop.call_soon_threadsafe(self._finish, work, outcome)
+        outcome, reply = None, b""
+        if not work.stream.gone:
+            output = torch.empty_like(work.hidden)
+            outcome = self._compute_rows(work, output)
+            reply = _reply(work, outcome, output)
+        self._loop.call_soon_threadsafe(self._finish, work, outcome, reply)
 
-    def _outcome(self, work: _Work) -> _Outcome:
-        request = work.request
-        started_s = time.monotonic()
-        try:
-            self._check_deadline(request)
-            output_MD = self._compute_rows(work)
-        except Refused as error:
-            return _Outcome(_refusal(request.sequence, error.status, error.detail), error.status)
-        except Exception as error:  # rows that a kernel chokes on must not take the others' replica down
-            LOG.exception("expert %d, layer %d failed", request.expert_id, request.layer_id)
-            reply = _refusal(request.sequence, pb.STATUS_INTERNAL, f"{type(error).__name__}: {error}")
-            return _Outcome(reply, pb.STATUS_INTERNAL)
-        queue_us = int((started_s - work.arrived_s) * 1e6)
-        compute_us = int((time.monotonic() - started_s) * 1e6)
-        header = pb.ForwardReply(
-            sequence=request.sequence, status=pb.STATUS_OK, compute_us=compute_us, queue_us=queue_us
-        )
-        reply = encode_reply(header, output_MD, request)
-        return _Outcome(reply, pb.STATUS_OK, queue_us, compute_us)
+    def _compute_rows(self, work: _Work, output: torch.Tensor) -> Outcome:
+        if work.merged is not None:
+            return work.merged.compute(self._desk, work.admitted, work.hidden, output)
 
-    def _compute_rows(self, work: _Work) -> torch.Tensor:
-        with torch.inference_mode():
-            output_MD = work.column.forward(work.request.layer_id, work.hidden)
-            return output_MD.to("cpu", work.hidden.dtype)
+        def keep(at: int, y_MD: torch.Tensor) -> None:
+            output[at : at + len(y_MD)] = y_MD
 
-    def _finish(self, work: _Work, outcome: _Outcome | None) -> None:
-        replica, counters = self._replica, self._replica.counters
-        replica.inflight_tokens -= len(work.hidden)
+        return self._desk.compute(work.admitted, work.hidden, keep)
+
+    def _finish(self, work: _Work, outcome: Outcome | None, reply: bytes) -> None:
         work.stream.unanswered -= 1
-        if replica.inflight_tokens == 0:
-            self._idle.set()
-        if outcome is None:
-            return
-        if outcome.status == pb.STATUS_OK:
-            counters.tokens_total += len(work.hidden)
-            counters.queue_us_total += outcome.queue_us
-            counters.compute_us_total += outcome.compute_us
-        else:
-            counters.errors_total += 1
-        work.stream.push(outcome.reply)
+        self._desk.finish(work.admitted, outcome)
+        if outcome is not None:
+            work.stream.push(reply)
 
     async def _info(self, _request: pb.InfoRequest, _context: object) -> pb.InfoReply:
         return self._replica.describe()
 
-    async def _attach(self, _request: pb.AttachRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.AttachReply:
+    async def _attach(self, request: pb.AttachRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.AttachReply:
         """Answers when the replica can serve, so that nobody needs to ask again and again."""
         await self._replica.settled.wait()
         if self._replica.state != pb.REPLICA_STATE_READY:
             why = f"{self._replica.replica_id} is {state_name(self._replica.state)}: {self._replica.detail}"
             await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+        if self._lanes is not None and "shm" in request.lanes:
+            offer = self._lanes.offer(request.machine_id)
+            if offer is not None:
+                return pb.AttachReply(lane="shm", endpoint=offer.endpoint, ticket=offer.ticket)
         return pb.AttachReply(lane="grpc")
 
     async def _load(self, request: pb.LoadColumnRequest, _context: object) -> pb.LoadColumnReply:
@@ -252,6 +202,18 @@ class ExpertService:
 
     async def _drain(self, request: pb.DrainRequest, _context: object) -> pb.DrainReply:
         return pb.DrainReply(inflight_tokens=await self.drain(request.timeout_ms / 1000))
+
+
+def _reply(work: _Work, outcome: Outcome, output: torch.Tensor) -> bytes:
+    if outcome.status != pb.STATUS_OK:
+        return _refusal(work.request.sequence, outcome.status, outcome.detail)
+    header = pb.ForwardReply(
+        sequence=work.request.sequence,
+        status=pb.STATUS_OK,
+        compute_us=outcome.compute_us,
+        queue_us=outcome.queue_us,
+    )
+    return encode_reply(header, output, work.request)
 
 
 def _refusal(sequence: int, status: pb.Status, detail: str) -> bytes:

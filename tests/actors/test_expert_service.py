@@ -24,9 +24,9 @@ def rows(count: int = 2) -> torch.Tensor:
     return torch.arange(float(count * WIDTH)).view(count, WIDTH)
 
 
-def header(sequence: int = 1, **fields: Any) -> pb.ForwardRequest:
-    said = {"layer_id": 1, "expert_id": 0, "map_epoch": 3, "deadline_unix_us": FAR_FUTURE_US, **fields}
-    return pb.ForwardRequest(sequence=sequence, **said)
+def header(sequence: int = 1, *, expert: int = 0, count: int = 2, **fields: Any) -> pb.ForwardRequest:
+    said = {"layer_id": 1, "map_epoch": 3, "deadline_unix_us": FAR_FUTURE_US, **fields}
+    return pb.ForwardRequest(sequence=sequence, expert_ids=[expert], expert_rows=[count], **said)
 
 
 def forward(channel: grpc.aio.Channel) -> Any:
@@ -88,9 +88,11 @@ WRONG = [
     (header(deadline_unix_us=0), rows(), pb.STATUS_INVALID, "deadline_unix_us"),
     (header(deadline_unix_us=1), rows(), pb.STATUS_DEADLINE_EXCEEDED, "expired"),
     (header(layer_id=2), rows(), pb.STATUS_NOT_HELD, "expert 0 in layer 2"),
-    (header(expert_id=1), rows(), pb.STATUS_NOT_HELD, "expert 1 in layer 1"),
+    (header(expert=1), rows(), pb.STATUS_NOT_HELD, "expert 1 in layer 1"),
     (header(map_epoch=1), rows(), pb.STATUS_STALE_EPOCH, "map_epoch 1 is older than 2"),
-    (header(), rows(65), pb.STATUS_INVALID, "65 rows, expected 1 to 64"),
+    (header(count=65), rows(65), pb.STATUS_INVALID, "65 rows, expected 1 to 64"),
+    (header(count=3), rows(), pb.STATUS_INVALID, "2 rows of hidden for 3 routed rows"),
+    (header(count=0), rows(), pb.STATUS_INVALID, "0 rows"),
     (header(), torch.zeros(2, WIDTH + 1), pb.STATUS_INVALID, f"rows of {WIDTH + 1} elements"),
 ]
 
@@ -155,16 +157,16 @@ def test_a_full_queue_says_so_and_empties() -> None:
             channel_to(there.server.address) as channel,
         ):
             call = forward(channel)
-            await call.write(codec.encode_request(header(1), rows(3)))
+            await call.write(codec.encode_request(header(1, count=3), rows(3)))
             await until(there, 3)
-            reply = await ask(call, header(2), rows(3))
+            reply = await ask(call, header(2, count=3), rows(3))
             assert (reply.sequence, reply.status) == (2, pb.STATUS_OVERLOADED)
             assert reply.detail == "3 rows, room for 2"
-            await call.write(codec.encode_request(header(3), rows(2)))
+            await call.write(codec.encode_request(header(3, count=2), rows(2)))
             column.gate.set()
             answered = [pb.ForwardReply.FromString(await call.read()) for _ in range(2)]
             assert sorted((reply.sequence, reply.status) for reply in answered) == [(1, 1), (3, 1)]
-            assert (await ask(call, header(4), rows(5))).status == pb.STATUS_OK
+            assert (await ask(call, header(4, count=5), rows(5))).status == pb.STATUS_OK
 
     run(work())
 
@@ -200,11 +202,11 @@ def test_older_rows_go_first_even_from_another_stream() -> None:
         column.gate.clear()
         async with served(column, experts=[0]) as there, channel_to(there.server.address) as channel:
             one, two = forward(channel), forward(channel)
-            await one.write(codec.encode_request(header(1), rows(1)))
+            await one.write(codec.encode_request(header(1, count=1), rows(1)))
             await asyncio.to_thread(column.entered.wait, 10)
-            await one.write(codec.encode_request(header(2, deadline_unix_us=FAR_FUTURE_US + 9), rows(2)))
+            await one.write(codec.encode_request(header(2, deadline_unix_us=FAR_FUTURE_US + 9, count=2), rows(2)))
             await until(there, 3)
-            await two.write(codec.encode_request(header(1, deadline_unix_us=FAR_FUTURE_US + 5), rows(3)))
+            await two.write(codec.encode_request(header(1, deadline_unix_us=FAR_FUTURE_US + 5, count=3), rows(3)))
             await until(there, 6)
             column.gate.set()
             for call in (one, one, two):
@@ -226,7 +228,7 @@ def test_a_failing_kernel_fails_its_message_only(caplog: pytest.LogCaptureFixtur
             assert (await ask(call, header(2), rows())).status == pb.STATUS_OK
 
     run(work())
-    assert "expert 0, layer 1 failed" in caplog.text
+    assert "layer 1 failed" in caplog.text
 
 
 def test_what_a_client_left_behind_is_not_computed() -> None:
@@ -235,15 +237,15 @@ def test_what_a_client_left_behind_is_not_computed() -> None:
         column.gate.clear()
         async with served(column, experts=[0]) as there, channel_to(there.server.address) as channel:
             call = forward(channel)
-            await call.write(codec.encode_request(header(1), rows(1)))
+            await call.write(codec.encode_request(header(1, count=1), rows(1)))
             await asyncio.to_thread(column.entered.wait, 10)
             for sequence in (2, 3):
-                await call.write(codec.encode_request(header(sequence), rows(2)))
+                await call.write(codec.encode_request(header(sequence, count=2), rows(2)))
             await until(there, 5)
             other = forward(channel)
             call.cancel()
             # The server's end of the cancelled call runs before that of a later message on the same connection.
-            await other.write(codec.encode_request(header(1, expert_id=7), rows()))
+            await other.write(codec.encode_request(header(1, expert=7), rows()))
             await other.read()
             column.gate.set()
             await until(there, 0)

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from actors.channels import WireCredentials, serve_grpc
-from actors.dispatch.transport import ExpertReply, ExpertRequest, GrpcTransport, TransportError, WireCounters
+from actors.dispatch.attach import Attacher
+from actors.dispatch.transport import (
+    ExpertReply,
+    ExpertRequest,
+    ExpertRows,
+    ExpertTransport,
+    TransportError,
+    WireCounters,
+)
 from actors.expert.service import SERVICE
 from cluster.expert_map import ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
@@ -25,14 +33,14 @@ def rows(count: int = 2) -> torch.Tensor:
 
 
 def question(count: int = 2, expert: int = 0, layer: int = 1) -> ExpertRequest:
-    return ExpertRequest(layer, expert, 1, FAR_FUTURE_US, rows(count))
+    return ExpertRequest(layer, 1, FAR_FUTURE_US, (ExpertRows(expert, slice(0, count)),), rows(count))
 
 
 @asynccontextmanager
-async def connected(replica: ReplicaInfo) -> AsyncIterator[tuple[GrpcTransport, WireCounters]]:
+async def connected(replica: ReplicaInfo) -> AsyncIterator[tuple[ExpertTransport, WireCounters]]:
     counters = WireCounters()
-    transport = GrpcTransport(replica, credentials(), counters)
-    await transport.connect(10)
+    transport = await Attacher(credentials())(replica, counters, 10)
+    assert transport.lane == "grpc"
     try:
         yield transport, counters
     finally:
@@ -159,7 +167,7 @@ def bad_replies() -> list[tuple[str, Callable[[pb.ForwardRequest], bytes], pb.St
     def other_expert(request: pb.ForwardRequest) -> bytes:
         asked = pb.ForwardRequest()
         asked.CopyFrom(request)
-        asked.expert_id += 1
+        asked.expert_ids[0] += 1
         return codec.encode_reply(header(request), rows(), asked)
 
     return [
@@ -268,10 +276,8 @@ def test_close_fails_what_is_unanswered_and_may_be_repeated() -> None:
 def test_a_replica_that_the_map_does_not_mean_is_refused(change: dict[str, Any], said: str) -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there:
-            transport = GrpcTransport(replace(there.info(), **change), credentials(), WireCounters())
             with pytest.raises(TransportError, match=said):
-                await transport.connect(10)
-            assert transport.closed.is_set()
+                await Attacher(credentials())(replace(there.info(), **change), WireCounters(), 10)
 
     run(work())
 
@@ -279,9 +285,8 @@ def test_a_replica_that_the_map_does_not_mean_is_refused(change: dict[str, Any],
 def test_an_unknown_lane_is_refused() -> None:
     async def work() -> None:
         async with scripted(lambda _: [], lane="pigeon") as replica:
-            transport = GrpcTransport(replica, credentials(), WireCounters())
             with pytest.raises(TransportError, match="offers lane 'pigeon'"):
-                await transport.connect(10)
+                await Attacher(credentials())(replica, WireCounters(), 10)
 
     run(work())
 
@@ -289,9 +294,8 @@ def test_an_unknown_lane_is_refused() -> None:
 def test_a_wrong_token_says_so() -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there:
-            transport = GrpcTransport(there.info(), WireCredentials("wrong"), WireCounters())
             with pytest.raises(TransportError, match="UNAUTHENTICATED: missing or wrong bearer token"):
-                await transport.connect(10)
+                await Attacher(WireCredentials("wrong"))(there.info(), WireCounters(), 10)
 
     run(work())
 
@@ -300,19 +304,8 @@ def test_nobody_there_is_an_error_after_the_time_allowed() -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there:
             gone = there.info()
-        transport = GrpcTransport(gone, credentials(), WireCounters())
         with pytest.raises(TransportError, match="DEADLINE_EXCEEDED"):
-            await transport.connect(0.2)
-
-    run(work())
-
-
-def test_before_connect_nothing_can_be_sent() -> None:
-    async def work() -> None:
-        async with scripted(lambda _: []) as replica:
-            transport = GrpcTransport(replica, credentials(), WireCounters())
-            with pytest.raises(TransportError, match="not connected"):
-                await transport.forward(question())
+            await Attacher(credentials())(gone, WireCounters(), 0.2)
 
     run(work())
 
@@ -320,7 +313,8 @@ def test_before_connect_nothing_can_be_sent() -> None:
 def test_rows_that_fit_no_message_are_refused_here() -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, connected(there.info()) as (transport, _):
-            too_many = ExpertRequest(0, 0, 1, FAR_FUTURE_US, torch.zeros(1024, codec.MAX_MESSAGE_BYTES // 4096))
+            wide = torch.zeros(1024, codec.MAX_MESSAGE_BYTES // 4096)
+            too_many = ExpertRequest(0, 1, FAR_FUTURE_US, (ExpertRows(0, slice(0, 1024)),), wide)
             with pytest.raises(ValueError, match="a message of"):
                 transport.forward(too_many)
             assert (await transport.forward(question())).status == pb.STATUS_OK

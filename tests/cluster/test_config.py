@@ -48,7 +48,7 @@ def test_the_defaults_are_those_of_one_machine() -> None:
         ("drain_timeout_s", "30", "drain_timeout_s is '30'"),
         ("device", "tpu", "device is 'tpu', but must be one of auto, cpu, cuda"),
         ("experts_device", "", "experts_device is ''"),
-        ("transport", "rdma", "transport is 'rdma', but must be one of auto, grpc"),
+        ("transport", "rdma", "transport is 'rdma', but must be one of auto, shm, grpc"),
         ("kernel", "int8", "kernel is 'int8', but must be one of auto, fp32, fp16, bf16"),
         ("model", "", "model is '', but must be a text that is not empty"),
         ("model", None, "model is None"),

@@ -28,7 +28,8 @@ def request(sequence: int = 7, layer: int = 3, expert: int = 2) -> ForwardReques
     return ForwardRequest(
         sequence=sequence,
         layer_id=layer,
-        expert_id=expert,
+        expert_ids=[expert],
+        expert_rows=[2],
         map_epoch=5,
         deadline_unix_us=1_700_000_000_000_000,
     )
@@ -154,15 +155,27 @@ def test_mutated_requests_raise_only_codec_errors_and_never_change_meaning(seed:
         return
     # Undoing each other, or in a field that means nothing: what is believed is what was said.
     assert got.layer_id == header.layer_id
-    assert got.expert_id == header.expert_id
+    assert list(got.expert_ids) == list(header.expert_ids)
     assert got.sequence == header.sequence
     assert torch.equal(back, rows)
 
 
-@pytest.mark.parametrize("field", ["sequence", "layer_id", "expert_id", "map_epoch", "deadline_unix_us"])
+def _change(message: ForwardRequest, field: str) -> None:
+    if field in ("expert_ids", "expert_rows"):
+        getattr(message, field)[0] ^= 1
+    elif field in ("entries", "weights"):
+        setattr(message.merge, field, b"abcd")
+    else:
+        setattr(message, field, getattr(message, field) ^ 1)
+
+
+FIELDS = ["sequence", "layer_id", "expert_ids", "expert_rows", "map_epoch", "deadline_unix_us", "entries", "weights"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_changed_header_is_a_corrupt_message(field: str) -> None:
     message = ForwardRequest.FromString(codec.encode_request(request(), torch.ones(1, 4)))
-    setattr(message, field, getattr(message, field) ^ 1)
+    _change(message, field)
     with pytest.raises(CodecError) as caught:
         read(message.SerializeToString())
     assert caught.value.status == STATUS_CORRUPT
@@ -207,7 +220,8 @@ def test_the_estimate_bounds_a_real_message() -> None:
     full = ForwardRequest(
         sequence=2**64 - 1,
         layer_id=2**32 - 1,
-        expert_id=2**32 - 1,
+        expert_ids=[2**32 - 1] * 8,
+        expert_rows=[2**32 - 1] * 8,
         map_epoch=2**64 - 1,
         deadline_unix_us=2**64 - 1,
     )

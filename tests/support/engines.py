@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,29 @@ from model.transformer import Backbone, load_local
 GREEDY = SamplingParams(temperature=0.0)
 
 
+@dataclass
+class Later:
+    """Rows that somebody computes when they are awaited."""
+
+    work: Coroutine[Any, Any, Tensor]
+
+    async def result(self) -> Tensor:
+        return await self.work
+
+    def abandon(self) -> None:
+        self.work.close()
+
+
 class AsyncExperts:
     """Local experts that give the loop a turn before every answer, as remote ones do."""
 
     def __init__(self, local: LocalExperts) -> None:
         self._local = local
 
-    async def run(self, layer: int, plan: DispatchPlan) -> Tensor:
+    def start(self, layer: int, plan: DispatchPlan) -> Later:
+        return Later(self._run(layer, plan))
+
+    async def _run(self, layer: int, plan: DispatchPlan) -> Tensor:
         await asyncio.sleep(0)
         return self._local.run(layer, plan)
 
@@ -47,12 +63,15 @@ class GatedExperts:
         self.asked = asyncio.Event()
         self.errors: list[Exception] = []
 
-    async def run(self, layer: int, plan: DispatchPlan) -> Tensor:
+    def start(self, layer: int, plan: DispatchPlan) -> Later:
+        return Later(self._run(layer, plan))
+
+    async def _run(self, layer: int, plan: DispatchPlan) -> Tensor:
         self.asked.set()
         await self.gate.wait()
         if self.errors:
             raise self.errors.pop()
-        return await self.inner.run(layer, plan)
+        return await self.inner.start(layer, plan).result()
 
 
 @dataclass

@@ -12,6 +12,8 @@ import torch
 
 from actors.channels import GrpcServer, WireCredentials, open_channel, serve_grpc
 from actors.expert.compute_thread import ComputeThread
+from actors.expert.desk import Desk
+from actors.expert.lane_server import LaneServer
 from actors.expert.replica import Column, ExpertReplica
 from actors.expert.service import SERVICE, ExpertService, LoadError
 from cluster.expert_map import ExpertMap, ReplicaInfo
@@ -109,7 +111,10 @@ async def served(
             raise LoadError(f"expert {expert} does not exist")
         return 123
 
-    service = ExpertService(replica, compute, load, **{"max_queue_tokens": 1024, **options})
+    desk = Desk(replica, **{"max_queue_tokens": 1024, **options})
+    lanes = LaneServer(desk, compute)
+    lanes.watch()
+    service = ExpertService(desk, compute, load, lanes)
     server = await serve_grpc(service.register, service=SERVICE, host="127.0.0.1", port=port, credentials=credentials())
     if ready:
         replica.settle(REPLICA_STATE_READY)
@@ -118,6 +123,7 @@ async def served(
     finally:
         await server.stop(0)
         await compute.stop()
+        lanes.close()
 
 
 @asynccontextmanager

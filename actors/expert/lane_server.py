@@ -1,0 +1,244 @@
+"""The replica's end of the same-node lane: an abstract Unix socket, watched by the compute thread itself.
+
+A coordinator that shows a ticket, which it got over authenticated gRPC, hands over two regions of shared memory; from
+then on a frame says where rows lie and where the answers go. Everything but `offer` and `close` happens in the
+compute thread. A peer that is gone, or writes nonsense, loses its lane and nothing else. The frames are
+`protos.lane`'s, the coordinator's end is `actors.dispatch.lane_transport`.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from actors.expert.compute_thread import ComputeThread
+from actors.expert.desk import Admitted, Desk, Refused
+from actors.machine import machine_id
+from actors.shared_rows import RegionError, SharedRows, supported
+from protos import expert_pb2 as pb
+from protos.codec import CodecError
+from protos.lane import MAX_FRAME_BYTES, TICKET_BYTES, Hello, LaneReply, LaneRequest, welcome
+
+LOG = logging.getLogger(__name__)
+
+MAX_LANES = 64
+MAX_TICKETS = 64
+TICKET_S = 30.0
+
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Where to call, and what to show there."""
+
+    endpoint: str
+    ticket: bytes
+
+
+class LaneServer:
+    """Lanes into one replica. `watch` begins to listen, once the compute thread may be used."""
+
+    def __init__(self, desk: Desk, compute: ComputeThread, clock: Callable[[], float] = time.monotonic) -> None:
+        self._desk = desk
+        self._compute = compute
+        self._clock = clock
+        self._tickets: dict[bytes, float] = {}
+        self._lanes: set[_Lane] = set()
+        self._endpoint = f"octavo-{os.getpid()}-{secrets.token_hex(8)}"
+        self._listener: socket.socket | None = None
+
+    def watch(self) -> None:
+        """Listens, where the system has what lanes need."""
+        if not supported():
+            return
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            listener.bind(f"\0{self._endpoint}")
+            listener.listen(MAX_LANES)
+        except OSError as error:
+            LOG.warning("no same-node lane: %s", error)
+            listener.close()
+            return
+        self._listener = listener
+        self._compute.watch(listener.fileno(), self._accept)
+
+    def offer(self, peer_machine: str) -> Offer | None:
+        """A lane for a coordinator on `peer_machine`, None unless that is this machine."""
+        if self._listener is None or not peer_machine or peer_machine != machine_id():
+            return None
+        now_s = self._clock()
+        for ticket, until_s in list(self._tickets.items()):
+            if until_s < now_s:
+                self._tickets.pop(ticket, None)
+        if len(self._tickets) >= MAX_TICKETS:
+            return None
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._tickets[ticket] = now_s + TICKET_S
+        return Offer(self._endpoint, ticket)
+
+    def close(self) -> None:
+        """Ends every lane; call it when the compute thread has ended."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for lane in list(self._lanes):
+            lane.end("closed here")
+
+    def _accept(self) -> None:
+        if self._listener is None:
+            return
+        try:
+            doorbell, _ = self._listener.accept()
+        except OSError:
+            return  # gone before it was let in
+        if len(self._lanes) >= MAX_LANES or not _same_user(doorbell):
+            doorbell.close()
+            return
+        doorbell.setblocking(False)
+        lane = _Lane(doorbell, self._desk, self._compute, self._redeem, self._lanes.discard)
+        self._lanes.add(lane)
+        self._compute.watch(doorbell.fileno(), lane.receive)
+
+    def _redeem(self, ticket: bytes) -> bool:
+        return self._tickets.pop(ticket, -1.0) >= self._clock()
+
+
+class _Lane:
+    """One coordinator's lane, from its hello on."""
+
+    def __init__(
+        self,
+        doorbell: socket.socket,
+        desk: Desk,
+        compute: ComputeThread,
+        redeem: Callable[[bytes], bool],
+        on_end: Callable[["_Lane"], None],
+    ) -> None:
+        self._doorbell = doorbell
+        self._desk = desk
+        self._compute = compute
+        self._redeem = redeem
+        self._on_end = on_end
+        self._rows: SharedRows | None = None
+        self._replies: SharedRows | None = None
+        self._gone = False
+
+    def receive(self) -> None:
+        """Reads one frame; the socket is readable."""
+        try:
+            if self._rows is None or self._replies is None:
+                self._greet()
+                return None
+            frame = self._doorbell.recv(MAX_FRAME_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except (OSError, CodecError) as error:
+            return self.end(f"{type(error).__name__}: {error}")
+        if not frame:
+            return self.end("the coordinator is gone")
+        self._take_in(frame, self._rows, self._replies)
+        return None
+
+    def end(self, reason: str) -> None:
+        """Closes the lane; what it has queued is dropped."""
+        if self._gone:
+            return
+        self._gone = True
+        LOG.info("a lane ends: %s", reason)
+        self._compute.unwatch(self._doorbell.fileno())
+        self._doorbell.close()
+        for region in (self._rows, self._replies):
+            if region is not None:
+                region.close()
+        self._on_end(self)
+
+    def _greet(self) -> None:
+        """Reads the hello, with the two regions. Raises CodecError or OSError for one that is not welcome."""
+        frame, fds, _, _ = socket.recv_fds(self._doorbell, MAX_FRAME_BYTES, 2)
+        try:
+            hello = Hello.unpack(frame)
+            if not self._redeem(hello.ticket):
+                raise CodecError(pb.STATUS_INVALID, "a wrong ticket")
+            if hello.width != self._desk.replica.hidden_size or len(fds) != 2:
+                raise CodecError(pb.STATUS_INVALID, f"{len(fds)} regions of width {hello.width}")
+        except CodecError:
+            for fd in fds:
+                os.close(fd)
+            raise
+        try:
+            self._rows = SharedRows.adopt(fds[0], hello.num_rows, hello.width)
+        except RegionError:
+            os.close(fds[1])
+            raise
+        self._replies = SharedRows.adopt(fds[1], hello.num_replies, hello.width)
+        self._doorbell.send(welcome())
+
+    def _take_in(self, frame: bytes, rows: SharedRows, replies: SharedRows) -> None:
+        sequence = 0
+        try:
+            request = LaneRequest.unpack(frame, num_rows=rows.num_rows, num_replies=replies.num_rows)
+            sequence = request.sequence
+            admitted = self._desk.admit(
+                request.layer_id,
+                [segment.expert_id for segment in request.segments],
+                [segment.num_rows for segment in request.segments],
+                map_epoch=request.map_epoch,
+                deadline_unix_us=request.deadline_unix_us,
+            )
+        except (Refused, CodecError) as error:
+            self._desk.replica.refuse()
+            sequence = sequence or getattr(error, "sequence", 0)
+            if sequence == 0:
+                return self.end(error.detail)
+            return self._say(LaneReply(sequence, error.status, detail=error.detail))
+        work = partial(self._run, request, admitted, rows.tensor, replies.tensor)
+        self._compute.submit(work, request.deadline_unix_us)
+        return None
+
+    def _run(self, request: LaneRequest, admitted: Admitted, rows_RD: torch.Tensor, replies_RD: torch.Tensor) -> None:
+        if self._gone:
+            self._desk.finish(admitted, None)
+            return
+        segments = request.segments
+        if len(segments) == 1:
+            x_MD = rows_RD[segments[0].first_row : segments[0].first_row + segments[0].num_rows]
+        else:
+            x_MD = _adjacent(request, rows_RD)
+        first = request.reply_row
+
+        def keep(at: int, y_MD: torch.Tensor) -> None:
+            replies_RD[first + at : first + at + len(y_MD)] = y_MD
+
+        outcome = self._desk.compute(admitted, x_MD, keep)
+        self._desk.finish(admitted, outcome)
+        self._say(LaneReply(request.sequence, outcome.status, outcome.compute_us, outcome.queue_us, outcome.detail))
+
+    def _say(self, reply: LaneReply) -> None:
+        try:
+            self._doorbell.send(reply.pack())
+        except OSError as error:  # also when the peer has not read so many replies that no more fit
+            self.end(f"{type(error).__name__}: {error}")
+
+
+def _adjacent(request: LaneRequest, rows_RD: torch.Tensor) -> torch.Tensor:
+    """The segments' rows one behind another: a view where they lie so."""
+    first, at = request.segments[0].first_row, request.segments[0].first_row
+    for segment in request.segments:
+        if segment.first_row != at:
+            return torch.cat([rows_RD[one.first_row : one.first_row + one.num_rows] for one in request.segments])
+        at += segment.num_rows
+    return rows_RD[first:at]
+
+
+def _same_user(peer: socket.socket) -> bool:
+    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid: int = _CREDENTIALS.unpack(data)[1]
+    return uid == os.getuid()

@@ -1,0 +1,137 @@
+"""Shared memory that has no name: rows of floats that two processes on one machine see.
+
+A region is a sealed memfd: the kernel frees it with the last descriptor and mapping, however a process ends, so that
+nothing can leak. Its size cannot change, so that no peer can make the other fault. Pages are given only as they are
+touched: a region may be larger than it will ever be full. What the rows mean is `protos.lane`'s, who sends the
+descriptor to whom the two ends' of the lane.
+"""
+
+import fcntl
+import mmap
+import os
+from bisect import insort
+
+import torch
+
+from protos.lane import as_rows, region_bytes
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class RegionError(OSError):
+    """A region that cannot be made, or a descriptor that is not what its sender says."""
+
+
+def supported() -> bool:
+    """Whether this system has anonymous, sealable shared memory."""
+    return hasattr(os, "memfd_create")
+
+
+class SharedRows:
+    """(num_rows, width) fp32. `create` makes a region, `adopt` maps one whose descriptor a peer sent."""
+
+    def __init__(self, fd: int, num_rows: int, width: int) -> None:
+        self.fd = fd
+        self.num_rows = num_rows
+        self.width = width
+        self._map = mmap.mmap(fd, region_bytes(num_rows, width))
+        self.tensor = as_rows(memoryview(self._map), width)
+
+    @classmethod
+    def create(cls, num_rows: int, width: int) -> "SharedRows":
+        """Raises RegionError where the system refuses."""
+        try:
+            fd = os.memfd_create("octavo-rows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, region_bytes(num_rows, width))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except (OSError, AttributeError) as error:
+            raise RegionError(f"no shared memory for {num_rows} rows of {width}: {error}") from None
+        return cls(fd, num_rows, width)
+
+    @classmethod
+    def adopt(cls, fd: int, num_rows: int, width: int) -> "SharedRows":
+        """Takes over `fd`. Raises RegionError, and closes it, unless it is sealed and as large as claimed."""
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            size, claimed = os.fstat(fd).st_size, region_bytes(num_rows, width)
+            if seals & fcntl.F_SEAL_SHRINK == 0:
+                raise RegionError("a region that could shrink")
+            if size != claimed:
+                raise RegionError(f"a region of {size} bytes, said to have {claimed}")
+            return cls(fd, num_rows, width)
+        except OSError as error:
+            os.close(fd)
+            raise error if isinstance(error, RegionError) else RegionError(f"no region: {error}") from None
+
+    def place(self, rows_MD: torch.Tensor) -> int | None:
+        """The row at which `rows_MD`, a slice of this region's tensor, begins; None for any other tensor."""
+        offset = rows_MD.data_ptr() - self.tensor.data_ptr()
+        row_bytes = region_bytes(1, self.width)
+        if not 0 <= offset < self.num_rows * row_bytes or offset % row_bytes or not rows_MD.is_contiguous():
+            return None
+        return offset // row_bytes
+
+    def close(self) -> None:
+        """Gives the descriptor back; the mapping goes when the last tensor over it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class RowSpace:
+    """Gives out adjacent rows of a region, always the first that are free: so they stay in the processor's caches.
+
+    >>> space = RowSpace(10)
+    >>> space.take(4), space.take(3), space.take(4)
+    (0, 4, None)
+    >>> space.free(0); space.take(2)
+    0
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._taken: list[tuple[int, int]] = []
+
+    def take(self, count: int) -> int | None:
+        """The first of `count` free rows, None when there is no such place."""
+        at = 0
+        for start, stop in self._taken:
+            if start - at >= count:
+                break
+            at = stop
+        if at + count > self.num_rows:
+            return None
+        insort(self._taken, (at, at + count))
+        return at
+
+    def free(self, first: int) -> None:
+        """Gives back what `take` returned."""
+        for index, (start, _) in enumerate(self._taken):
+            if start == first:
+                del self._taken[index]
+                return
+        raise ValueError(f"row {first} was not taken")
+
+    @property
+    def num_taken(self) -> int:
+        """Places in use."""
+        return len(self._taken)
+
+
+class RowsPool:
+    """A coordinator's routed rows, in memory that the replicas of this machine can read."""
+
+    def __init__(self, region: SharedRows) -> None:
+        self.region = region
+        self._space = RowSpace(region.num_rows)
+
+    def take(self, count: int) -> torch.Tensor | None:
+        """(count, width) to be filled; None where the region is full. Give it back with `free`."""
+        first = self._space.take(count)
+        return None if first is None else self.region.tensor[first : first + count]
+
+    def free(self, rows_ND: torch.Tensor) -> None:
+        """Takes back what `take` gave."""
+        first = self.region.place(rows_ND)
+        assert first is not None, "these rows are not of this region"
+        self._space.free(first)
