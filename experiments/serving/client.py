@@ -20,6 +20,7 @@ from experiments.serving.stream_record import StreamRecord
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
+IDLE_CONNECTION_S = 2.0  # less than any server keeps one, so that none is closed just as it is used again
 MAX_ERROR_BYTES = 4096
 MAX_MODELS_BYTES = 2**20
 
@@ -80,7 +81,7 @@ async def open_session(settings: ServeSettings, api_key: str | None) -> AsyncIte
     """A session whose only queue is the caller's. Proxies of the environment are not used: they would be measured."""
     timeout = aiohttp.ClientTimeout(total=settings.timeout_s, sock_connect=CONNECT_TIMEOUT_S)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         yield session
 

@@ -43,8 +43,8 @@ def raw_server(answer: Answer, models: str | None = None) -> Iterator[str]:
                 await answer(posted, writer)
             else:
                 writer.write(whole(200, listing))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client left
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the block ended
         finally:
             writer.close()
 
@@ -80,7 +80,9 @@ def whole(status: int, body: str) -> bytes:
     return (head + "Connection: close\r\n\r\n" + body).encode()
 
 
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
 STREAM_END = b"0\r\n\r\n"
 
 
