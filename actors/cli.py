@@ -9,7 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from actors.command.added_commands import CommandGroup
+
 app = typer.Typer(
+    cls=CommandGroup,
     help="Serve Mixtral-shaped models from a Ray cluster in which every expert is a service of its own.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,6 +1,7 @@
 """How a failure is said to a person: one line, from the errors that the rooms name themselves."""
 
 from actors.channels import ChannelError
+from actors.command.added_commands import CommandError
 from actors.command.chat import ChatError
 from actors.command.demo_model import DemoModelError
 from actors.command.wheel_fetch import FetchError
@@ -31,6 +32,7 @@ def known_errors() -> tuple[type[BaseException], ...]:
         ChannelError,
         ChatError,
         CheckpointError,
+        CommandError,
         ConfigError,
         DemoModelError,
         FetchError,
