@@ -6,15 +6,19 @@ microbatches take turns here without a change to the model: one computes attenti
 
 import asyncio
 import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cluster.load import LoadCounter
+from cluster.microbatching import MicrobatchChooser
 from model.batch import ForwardBatch
 from model.dispatch import DispatchPlan
 from model.kv_cache import KVCache
-from model.transformer import Backbone
+from model.microbatch import split_batch
+from model.transformer import Backbone, ExpertCall
 
 TURN_S = 0.005
 """The event loop gets a turn at least so often: rounds over same-node lanes do not need one."""
@@ -41,34 +45,93 @@ class Experts(Protocol):
 
 
 class ForwardDriver:
-    """One backbone, its KV cache and its experts; `load` counts each layer's rows per expert."""
+    """One backbone, its KV cache and its experts; `load` counts each layer's rows per expert.
 
-    def __init__(self, backbone: Backbone, kv: KVCache, experts: Experts, load: LoadCounter) -> None:
+    `expert_wait_s` is the time spent doing nothing but wait for experts, since start.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kv: KVCache,
+        experts: Experts,
+        load: LoadCounter,
+        microbatches: MicrobatchChooser | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.load = load
         self.backbone = backbone
         self.experts = experts
-        self._kv = kv
         self.expert_wait_s = 0.0
+        self.microbatches = MicrobatchChooser() if microbatches is None else microbatches
+        self._kv = kv
+        self._clock = clock
 
     async def forward(self, batch: ForwardBatch) -> Tensor:
         """logits_RV of `batch.logits_rows`. Raises what the experts raise; the keys written so far stay."""
-        forward = self.backbone.forward(batch, self._kv)
-        out_ND: Tensor | None = None
-        turn_s = time.perf_counter()
+        began_s = self._clock()
+        count = self.microbatches.choose(batch.num_tokens)
+        logits_RV = await self._run(split_batch(batch, count) if count > 1 else (batch,))
+        self.microbatches.observe(batch.num_tokens, count, self._clock() - began_s)
+        return logits_RV
+
+    async def _run(self, parts: Sequence[ForwardBatch]) -> Tensor:
+        """All parts through all layers, in turns: in each layer, an earlier part's attention precedes a later one's."""
+        running = [_Microbatch(self.backbone.forward(part, self._kv), self.experts, self.load) for part in parts]
         try:
-            while True:
-                call = next(forward) if out_ND is None else forward.send(out_ND)
-                self.load.add(call.layer, call.plan.counts)
-                work = self.experts.start(call.layer, call.plan)
-                asked_s = time.perf_counter()
-                out_ND = await work.result()
-                now_s = time.perf_counter()
-                self.expert_wait_s += now_s - asked_s
-                if now_s - turn_s > TURN_S:
-                    await asyncio.sleep(0)
-                    turn_s = time.perf_counter()
-        except StopIteration as stop:
-            logits_RV: Tensor = stop.value
-            return logits_RV
+            for one in running:
+                one.begin()
+            turn_s = self._clock()
+            while any(one.logits_RV is None for one in running):
+                for one in running:
+                    asked_s = self._clock()
+                    out_ND = await one.answers()
+                    now_s = self._clock()
+                    self.expert_wait_s += now_s - asked_s
+                    if now_s - turn_s > TURN_S:
+                        await asyncio.sleep(0)
+                        turn_s = self._clock()
+                    one.go_on(out_ND)
+            found = [one.logits_RV for one in running if one.logits_RV is not None]
+            return found[0] if len(found) == 1 else torch.cat(found)
         finally:
-            forward.close()
+            for one in running:
+                one.close()
+
+
+class _Microbatch:
+    """One microbatch on its way through the layers."""
+
+    def __init__(self, forward: Generator[ExpertCall, Tensor, Tensor], experts: Experts, load: LoadCounter) -> None:
+        self.logits_RV: Tensor | None = None
+        self._forward = forward
+        self._experts = experts
+        self._load = load
+        self._work: ExpertWork | None = None
+
+    def begin(self) -> None:
+        """The first attention; then the rows are with the experts."""
+        self._send(next(self._forward))
+
+    async def answers(self) -> Tensor:
+        """out_ND of the layer under way."""
+        assert self._work is not None, "nothing is under way"
+        return await self._work.result()
+
+    def go_on(self, out_ND: Tensor) -> None:
+        """The rest of the layer and the next one's attention; after the last layer, the logits."""
+        try:
+            call = self._forward.send(out_ND)
+        except StopIteration as stop:
+            self.logits_RV = stop.value
+            return
+        self._send(call)
+
+    def close(self) -> None:
+        if self._work is not None:
+            self._work.abandon()
+        self._forward.close()
+
+    def _send(self, call: ExpertCall) -> None:
+        self._load.add(call.layer, call.plan.counts)
+        self._work = self._experts.start(call.layer, call.plan)
