@@ -90,20 +90,39 @@ def _dense(x_TD: Tensor) -> DispatchPlan:
     return DispatchPlan(x_TD, tokens_N, (len(x_TD),), tokens_N.unsqueeze(1), weights_TK)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedAnswers:
+    """Answers some of which were summed where they were computed; `weights_TK` replaces the plan's.
+
+    A token's first slot then holds the sum, with weight 1, the others that went into it -0.0, which adds nothing.
+    """
+
+    out_ND: Tensor
+    weights_TK: Tensor
+
+
+Answers = Tensor | WeightedAnswers
+"""What experts give back: out_ND, or with other weights."""
+
+
 @torch.no_grad()
-def combine(out_ND: Tensor, plan: DispatchPlan) -> Tensor:
+def combine(answers: Answers, plan: DispatchPlan) -> Tensor:
     """y_TD: each token's weighted sum over its experts, in fp32 and in ascending expert id.
 
     The order is fixed because (a + b) + c and (a + c) + b differ in their last bits.
     """
+    if isinstance(answers, WeightedAnswers):
+        out_ND, weights_TK = answers.out_ND, answers.weights_TK.to(plan.weights_TK.device)
+    else:
+        out_ND, weights_TK = answers, plan.weights_TK
     expected = (plan.num_rows, plan.x_TD.shape[1])
     if out_ND.shape != expected:
         raise ValueError(f"experts answered with shape {tuple(out_ND.shape)}, expected {expected}")
-    out_ND = out_ND.to(torch.float32)
+    out_ND = out_ND.to(plan.x_TD.device, torch.float32)
     if len(plan.counts) == 1:
         return out_ND
     top_k = plan.slots_TK.shape[1]
-    y_TD = out_ND.index_select(0, plan.slots_TK[:, 0]).mul_(plan.weights_TK[:, :1])
+    y_TD = out_ND.index_select(0, plan.slots_TK[:, 0]).mul_(weights_TK[:, :1])
     for k in range(1, top_k):
-        y_TD.add_(out_ND.index_select(0, plan.slots_TK[:, k]).mul_(plan.weights_TK[:, k : k + 1]))
+        y_TD.add_(out_ND.index_select(0, plan.slots_TK[:, k]).mul_(weights_TK[:, k : k + 1]))
     return y_TD

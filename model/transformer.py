@@ -23,7 +23,7 @@ from model.attention import PagedAttention
 from model.attention_plan import AttentionPlan
 from model.batch import ForwardBatch
 from model.config import ModelConfig
-from model.dispatch import DispatchPlan, combine, dispatch
+from model.dispatch import Answers, DispatchPlan, combine, dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts, OnTensor
 from model.kernels import PackedLinear, default_kernel, get_kernel, numerics_domain, self_test
 from model.kv_cache import KVCache
@@ -144,7 +144,7 @@ class Backbone:
         }
         return numerics_domain(self.device, parts)
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Generator[ExpertCall, Tensor, Tensor]:
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Generator[ExpertCall, Answers, Tensor]:
         """One step. Yields an ExpertCall per layer, is sent its out_ND, and returns logits_RV in fp32.
 
         Keys and values of the batch's tokens are written to `kv`. ValueError for a token outside the
@@ -154,8 +154,8 @@ class Backbone:
         step, h_TD = self.begin(batch, kv)
         for index in range(len(self._layers)):
             h_TD, plan = self.before_experts(index, h_TD, step)
-            out_ND = yield ExpertCall(index, plan)
-            h_TD = self.after_experts(h_TD, out_ND, plan)
+            answers = yield ExpertCall(index, plan)
+            h_TD = self.after_experts(h_TD, answers, plan)
         return self.logits(h_TD, batch.logits_rows)
 
     @torch.no_grad()
@@ -199,10 +199,10 @@ class Backbone:
         return routed_TX.new_zeros(len(routed_TX), 1)
 
     @torch.no_grad()
-    def after_experts(self, h_TD: Tensor, out_ND: Tensor, plan: DispatchPlan) -> Tensor:
+    def after_experts(self, h_TD: Tensor, answers: Answers, plan: DispatchPlan) -> Tensor:
         """The layer's second half: the experts' answers combined and added."""
         began_s = perf_counter()
-        h_TD = h_TD + combine(out_ND.to(self.device), plan)
+        h_TD = h_TD + combine(answers, plan)
         self.times.combine_s += perf_counter() - began_s
         return h_TD
 

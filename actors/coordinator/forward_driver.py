@@ -15,7 +15,7 @@ from torch import Tensor
 from cluster.load import LoadCounter
 from cluster.microbatching import MicrobatchChooser
 from model.batch import ForwardBatch
-from model.dispatch import DispatchPlan
+from model.dispatch import Answers, DispatchPlan
 from model.kv_cache import KVCache
 from model.microbatch import split_batch
 from model.transformer import Backbone, ExpertCall
@@ -27,7 +27,7 @@ TURN_S = 0.005
 class ExpertWork(Protocol):
     """A layer's rows, on their way."""
 
-    async def result(self) -> Tensor:
+    async def result(self) -> Answers:
         """out_ND, to be awaited once. Raises ExpertUnavailable after a bounded time."""
         ...
 
@@ -85,13 +85,13 @@ class ForwardDriver:
             while any(one.logits_RV is None for one in running):
                 for one in running:
                     asked_s = self._clock()
-                    out_ND = await one.answers()
+                    answers = await one.answers()
                     now_s = self._clock()
                     self.expert_wait_s += now_s - asked_s
                     if now_s - turn_s > TURN_S:
                         await asyncio.sleep(0)
                         turn_s = self._clock()
-                    one.go_on(out_ND)
+                    one.go_on(answers)
             found = [one.logits_RV for one in running if one.logits_RV is not None]
             return found[0] if len(found) == 1 else torch.cat(found)
         finally:
@@ -102,7 +102,7 @@ class ForwardDriver:
 class _Microbatch:
     """One microbatch on its way through the layers."""
 
-    def __init__(self, forward: Generator[ExpertCall, Tensor, Tensor], experts: Experts, load: LoadCounter) -> None:
+    def __init__(self, forward: Generator[ExpertCall, Answers, Tensor], experts: Experts, load: LoadCounter) -> None:
         self.logits_RV: Tensor | None = None
         self._forward = forward
         self._experts = experts
@@ -113,15 +113,15 @@ class _Microbatch:
         """The first attention; then the rows are with the experts."""
         self._send(next(self._forward))
 
-    async def answers(self) -> Tensor:
-        """out_ND of the layer under way."""
+    async def answers(self) -> Answers:
+        """Of the layer under way."""
         assert self._work is not None, "nothing is under way"
         return await self._work.result()
 
-    def go_on(self, out_ND: Tensor) -> None:
+    def go_on(self, answers: Answers) -> None:
         """The rest of the layer and the next one's attention; after the last layer, the logits."""
         try:
-            call = self._forward.send(out_ND)
+            call = self._forward.send(answers)
         except StopIteration as stop:
             self.logits_RV = stop.value
             return

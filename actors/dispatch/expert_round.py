@@ -12,90 +12,31 @@ N routed rows, D hidden size. A part is one expert's rows, or as many of them as
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from actors.dispatch.lane_transport import LaneDoorbells
-from actors.dispatch.replica_link import ReplicaLink, pauses
-from actors.dispatch.replica_pool import ExpertUnavailable, ReplicaPool
-from actors.dispatch.transport import ExpertRequest, ExpertRows, PendingReply, TransportError, WireCounters
-from cluster.ids import ReplicaId
+from actors.dispatch.merging import MergedRows, merge
+from actors.dispatch.pursuit import Pursuer
+from actors.dispatch.replica_link import ReplicaLink
+from actors.dispatch.replica_pool import ReplicaPool
+from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats
+from actors.dispatch.transport import ExpertRequest, ExpertRows, PendingReply, TransportError
+from model.dispatch import Answers, DispatchPlan, WeightedAnswers
 from protos import expert_pb2 as pb
 
 LOG = logging.getLogger(__name__)
 
-MAX_REJECTIONS = 4
-
-_REJECTIONS = (pb.STATUS_INVALID, pb.STATUS_INTERNAL)  # said of the rows: asking for ever would not help
-_REJECTION_NAMES = frozenset(pb.Status.Name(status).removeprefix("STATUS_") for status in _REJECTIONS)
 _BLOCK_S = 0.05  # longest wait outside the event loop: probes and cancellations must get their turn
-
-
-@dataclass(slots=True)
-class RemoteStats:
-    """Since start. `retries` counts messages sent again, `waits` the times that nobody could be asked.
-
-    `compute_us` and `queue_us` are the replicas' own, summed over messages; `send_s` is the time spent sending.
-    """
-
-    retries: int = 0
-    retry_reasons: Counter[str] = field(default_factory=Counter)
-    waits: int = 0
-    compute_us: int = 0
-    queue_us: int = 0
-    send_s: float = 0.0
-    wire: WireCounters = field(default_factory=WireCounters)
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """`deadline_s` bounds a round; after `attempt_s` without an answer somebody else is asked, if there is one.
-
-    `wall_us` is the clock of deadlines on the wire, microseconds since 1970.
-    """
-
-    deadline_s: float = 60.0
-    attempt_s: float = 20.0
-    wall_us: Callable[[], int] = lambda: time.time_ns() // 1000
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """Rows for one expert, and how it goes with them."""
-
-    asked: ExpertRows
-    answered: bool = False
-    rejections: int = 0
-    pursuit: asyncio.Task[None] | None = None
-    tried: set[ReplicaId] = field(default_factory=set)
-
-
-@dataclass(slots=True, eq=False)
-class _Message:
-    """Parts that went to one replica together."""
-
-    parts: Sequence[_Part]
-    link: ReplicaLink
-    sent_s: float
-    reply: PendingReply
-    left: bool = False  # it took too long; but whenever it answers, its link is trusted again
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    kind: str
-    detail: str
 
 
 class ExpertRound:
     """Made for one layer's rows, which are sent at once; `result` is awaited once, or `abandon` called.
 
-    `x_ND` are the routed rows, `parts` say which of them are for whom, `max_rows` how many of them may travel in
-    one message (those in shared memory do not travel).
+    `x_ND` are the routed rows of `plan`, `max_rows` is how many of them may travel in one message (those in shared
+    memory do not travel).
     """
 
     def __init__(
@@ -105,8 +46,8 @@ class ExpertRound:
         stats: RemoteStats,
         patience: Patience,
         layer: int,
+        plan: DispatchPlan,
         x_ND: torch.Tensor,
-        parts: Sequence[ExpertRows],
         max_rows: int,
         on_end: Callable[[], None] = lambda: None,
     ) -> None:
@@ -115,32 +56,46 @@ class ExpertRound:
         self._stats = stats
         self._patience = patience
         self._layer = layer
+        self._plan = plan
         self._x_ND = x_ND
+        self._weights_TK: torch.Tensor | None = None
         self._max_rows = max_rows
         self._output_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._deadline_s = self._loop.time() + patience.deadline_s
-        self._messages: list[_Message] = []
-        self._unsent: list[_Part] = []
+        self._pursuer = Pursuer(
+            pool,
+            stats,
+            patience,
+            layer,
+            self._deadline_s,
+            send=self._send_again,
+            take=self._take,
+            late=self._late_answer,
+        )
+        self._messages: list[Message] = []
+        self._unsent: list[Part] = []
         self._missing = 0
         self._error: BaseException | None = None
         self._finished: asyncio.Future[None] | None = None
         self._ended = False
-        self._send_all(parts)
+        self._send_all(_rows_by_expert(plan))
 
-    async def result(self) -> torch.Tensor:
-        """out_ND, complete. Raises ExpertUnavailable."""
+    async def result(self) -> Answers:
+        """out_ND, complete, with other weights where answers were summed elsewhere. Raises ExpertUnavailable."""
         try:
             for part in self._unsent:
-                self._start_pursuit(part, None, _Failure("UNREACHABLE", "no replica can be asked"))
+                self._start_pursuit(part, None, Failure("UNREACHABLE", "no replica can be asked"))
             if self._missing:
                 self._wait_outside_the_loop()
             if self._missing and self._error is None:
                 await self._wait_on_the_loop()
             if self._error is not None:
                 raise self._error
-            return self._output_ND
+            if self._weights_TK is None:
+                return self._output_ND
+            return WeightedAnswers(self._output_ND, self._weights_TK)
         finally:
             self.abandon()
 
@@ -165,28 +120,42 @@ class ExpertRound:
     def _send_all(self, parts: Sequence[ExpertRows]) -> None:
         """One message per replica, or a few where they would be too long."""
         began_s = time.perf_counter()
-        chosen: dict[ReplicaLink, list[_Part]] = {}
+        chosen: dict[ReplicaLink | None, list[ExpertRows]] = {}
         for asked in parts:
-            link = self._pool.best(self._layer, asked.expert_id)
-            pieces = [asked] if link is not None and link.lane == "shm" else self._cut(asked)
-            made = [_Part(piece) for piece in pieces]
-            self._missing += len(made)
-            if link is None:
-                self._unsent += made
-            else:
-                chosen.setdefault(link, []).extend(made)
+            chosen.setdefault(self._pool.best(self._layer, asked.expert_id), []).append(asked)
         for link, batch in chosen.items():
-            for together in [batch] if link.lane == "shm" else self._packed(batch):
-                self._send(link, together).reply.when_done(partial(self._first_answer, self._messages[-1]))
+            if link is None:
+                self._unsent = [Part(piece) for asked in batch for piece in self._cut(asked)]
+                self._missing += len(self._unsent)
+                continue
+            for together, merged in self._messages_for(link, batch):
+                self._missing += len(together)
+                message = self._send(link, together, merged)
+                message.reply.when_done(partial(self._first_answer, message))
         self._stats.send_s += time.perf_counter() - began_s
+
+    def _messages_for(
+        self, link: ReplicaLink, batch: Sequence[ExpertRows]
+    ) -> Iterator[tuple[list[Part], MergedRows | None]]:
+        """What is in shared memory goes as it is; what travels, merged where that saves bytes, else cut to size."""
+        if link.lane == "shm":
+            yield [Part(asked) for asked in batch], None
+            return
+        several = link.lane == "grpc" and len(batch) > 1
+        merged = merge(self._plan, [asked.expert_id for asked in batch], self._max_rows) if several else []
+        for one in merged:
+            yield [Part(asked) for asked in one.parts], one
+        if not merged:
+            pieces = [Part(piece) for asked in batch for piece in self._cut(asked)]
+            yield from ((together, None) for together in self._packed(pieces))
 
     def _cut(self, asked: ExpertRows) -> list[ExpertRows]:
         start, stop, most = asked.rows.start, asked.rows.stop, self._max_rows
         return [ExpertRows(asked.expert_id, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
 
-    def _packed(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    def _packed(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
         """Parts in order, as many to a message as fit."""
-        together: list[_Part] = []
+        together: list[Part] = []
         rows = 0
         for part in parts:
             if together and rows + part.asked.num_rows > self._max_rows:
@@ -196,19 +165,23 @@ class ExpertRound:
             rows += part.asked.num_rows
         yield together
 
-    def _send(self, link: ReplicaLink, parts: Sequence[_Part]) -> _Message:
+    def _send(self, link: ReplicaLink, parts: Sequence[Part], merged: MergedRows | None = None) -> Message:
         request = ExpertRequest(
             layer_id=self._layer,
             map_epoch=self._pool.epoch,
-            deadline_unix_us=self._patience.wall_us() + int(self._remaining_s() * 1e6),
+            deadline_unix_us=self._patience.wall_us() + int((self._deadline_s - self._loop.time()) * 1e6),
             parts=tuple([part.asked for part in parts]),
             x_ND=self._x_ND,
+            entries=None if merged is None else merged.entries,
         )
-        message = _Message(parts, link, self._loop.time(), link.send(request))
+        message = Message(parts, link, self._loop.time(), link.send(request), merged)
         self._messages.append(message)
         return message
 
-    def _first_answer(self, message: _Message, reply: PendingReply) -> None:
+    def _send_again(self, link: ReplicaLink, part: Part) -> Message:
+        return self._send(link, [part])
+
+    def _first_answer(self, message: Message, reply: PendingReply) -> None:
         if self._ended or reply.cancelled():
             return
         failure = self._take(message)
@@ -217,25 +190,35 @@ class ExpertRound:
                 if not part.answered and part.pursuit is None:
                     self._start_pursuit(part, message, failure)
 
-    def _take(self, message: _Message) -> _Failure | None:
+    def _take(self, message: Message) -> Failure | None:
         """Copies an answer into the output, or says why there is none."""
         answer = message.reply.outcome()
         if isinstance(answer, TransportError):
-            return _Failure("CONNECTION", str(answer))
+            return Failure("CONNECTION", str(answer))
         if answer.status != pb.STATUS_OK or answer.output is None:
-            return _Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)
+            return Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)
         self._stats.compute_us += answer.compute_us
         self._stats.queue_us += answer.queue_us
+        return self._put(message, answer.output)
+
+    def _put(self, message: Message, output: torch.Tensor) -> Failure | None:
+        if message.merged is not None:
+            if any(part.answered for part in message.parts):
+                return Failure("LATE", "somebody else has answered for a part of it")
+            if self._weights_TK is None:
+                self._weights_TK = self._plan.weights_TK.to("cpu", copy=True)
+            message.merged.unpack(output, self._output_ND, self._weights_TK)
         at = 0
         for part in message.parts:
             count = part.asked.num_rows
             if not part.answered:
-                self._output_ND[part.asked.rows] = answer.output[at : at + count]
+                if message.merged is None:
+                    self._output_ND[part.asked.rows] = output[at : at + count]
                 self._note_answered(part)
             at += count
         return None
 
-    def _note_answered(self, part: _Part) -> None:
+    def _note_answered(self, part: Part) -> None:
         part.answered = True
         if part.pursuit is not None and part.pursuit is not asyncio.current_task():
             part.pursuit.cancel()
@@ -260,13 +243,15 @@ class ExpertRound:
 
     async def _wait_on_the_loop(self) -> None:
         self._finished = self._loop.create_future()
-        timer = self._loop.call_later(min(self._patience.attempt_s, self._remaining_s()), self._pursue_all)
+        timer = self._loop.call_later(
+            min(self._patience.attempt_s, (self._deadline_s - self._loop.time())), self._pursue_all
+        )
         try:
             await self._finished
         finally:
             timer.cancel()
 
-    # ---- pursuit -------------------------------------------------------------------------------------
+    # ---- the others ----------------------------------------------------------------------------------
 
     def _pursue_all(self) -> None:
         """Patience is over: whoever has not answered is watched, one by one."""
@@ -275,8 +260,8 @@ class ExpertRound:
                 if not part.answered and part.pursuit is None:
                     self._start_pursuit(part, message, None)
 
-    def _start_pursuit(self, part: _Part, message: _Message | None, failure: _Failure | None) -> None:
-        part.pursuit = asyncio.create_task(self._pursue(part, message, failure))
+    def _start_pursuit(self, part: Part, message: Message | None, failure: Failure | None) -> None:
+        part.pursuit = asyncio.create_task(self._pursuer.pursue(part, message, failure))
         part.pursuit.add_done_callback(self._pursuit_ended)
 
     def _pursuit_ended(self, pursuit: asyncio.Task[None]) -> None:
@@ -285,76 +270,16 @@ class ExpertRound:
             self._error = self._error or error
             self._finish()
 
-    async def _pursue(self, part: _Part, message: _Message | None, failure: _Failure | None) -> None:
-        pause = pauses()
-        while not part.answered:
-            if failure is None:
-                assert message is not None, "a part that was never sent has failed"
-                failure = await self._outcome(part, message)
-            if failure is not None:
-                self._note(part, message, failure)
-                link = await self._next_link(part, message, failure, pause)
-                self._stats.retries += message is not None
-                message, failure = self._send(link, [part]), None
-
-    async def _outcome(self, part: _Part, message: _Message) -> _Failure | None:
-        """Waits for the attempt under way; leaves it when it takes long and somebody else can do it."""
-        while not message.reply.done():
-            if self._remaining_s() <= 0:
-                raise self._unavailable(part, "no answer before the deadline")
-            overdue_s = self._loop.time() - message.sent_s - self._patience.attempt_s
-            if overdue_s >= 0 and self._others(part, message):
-                message.left = True
-                message.reply.when_done(partial(self._late_answer, message))
-                return _Failure("SLOW", f"no answer within {self._patience.attempt_s:g} s")
-            wait_s = -overdue_s if overdue_s < 0 else self._patience.attempt_s
-            await message.reply.wait(min(wait_s, self._remaining_s()))
-        return None if part.answered else self._take(message)
-
-    def _late_answer(self, message: _Message, reply: PendingReply) -> None:
-        if not self._ended and not reply.cancelled():
+    def _late_answer(self, message: Message) -> None:
+        if not self._ended:
             self._take(message)
 
-    def _note(self, part: _Part, message: _Message | None, failure: _Failure) -> None:
-        """Counts a failure and remembers who it was. Raises ExpertUnavailable when it is final."""
-        self._stats.retry_reasons[failure.kind] += 1
-        who = "nobody" if message is None else message.link.replica.replica_id
-        LOG.info("expert %d, layer %d at %s: %s", part.asked.expert_id, self._layer, who, failure)
-        if message is not None:
-            part.tried.add(message.link.replica.replica_id)
-            if failure.kind == "SLOW":
-                message.link.mark_suspect()
-            if failure.kind == "DRAINING":
-                message.link.mark_draining()
-        if failure.kind in _REJECTION_NAMES:
-            part.rejections += 1
-            if part.rejections >= MAX_REJECTIONS:
-                raise self._unavailable(part, f"{part.rejections} times {failure.kind}: {failure.detail}")
 
-    async def _next_link(
-        self, part: _Part, message: _Message | None, failure: _Failure, pause: Iterator[float]
-    ) -> ReplicaLink:
-        """Somebody who has not been tried since the last change or pause. Raises ExpertUnavailable."""
-        while True:
-            changed = self._pool.changed
-            fresh = self._others(part, message)
-            if fresh:
-                return fresh[0]
-            remaining_s = self._remaining_s()
-            if remaining_s <= 0 or self._pool.closed:
-                why = self._pool.why_not(self._layer, part.asked.expert_id) if message is None else failure.detail
-                raise self._unavailable(part, f"{failure.kind}: {why}")
-            self._stats.waits += 1
-            await self._pool.wait_for_change(changed, min(next(pause), remaining_s))
-            part.tried.clear()
-
-    def _others(self, part: _Part, message: _Message | None) -> list[ReplicaLink]:
-        able = self._pool.able(self._layer, part.asked.expert_id)
-        waiting = message.link if message is not None and not message.reply.done() else None
-        return [link for link in able if link is not waiting and link.replica.replica_id not in part.tried]
-
-    def _unavailable(self, part: _Part, reason: str) -> ExpertUnavailable:
-        return ExpertUnavailable(part.asked.expert_id, self._layer, reason)
-
-    def _remaining_s(self) -> float:
-        return self._deadline_s - self._loop.time()
+def _rows_by_expert(plan: DispatchPlan) -> list[ExpertRows]:
+    parts: list[ExpertRows] = []
+    start = 0
+    for expert, count in enumerate(plan.counts):
+        if count:
+            parts.append(ExpertRows(expert, slice(start, start + count)))
+        start += count
+    return parts

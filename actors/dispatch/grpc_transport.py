@@ -61,7 +61,7 @@ class GrpcTransport:
         if self.closed.is_set():
             reply.end(TransportError(self.reason))
             return reply
-        hidden_MD = request.x_MD
+        hidden_MD = request.x_MD if request.entries is None else request.entries.x_UD
         if hidden_MD.nbytes < LARGE_BYTES or len(self._streams) == 1:
             stream = self._streams[0]
         else:
@@ -123,6 +123,9 @@ class _Stream:
             map_epoch=request.map_epoch,
             deadline_unix_us=request.deadline_unix_us,
         )
+        if request.entries is not None:
+            header.merge.entries = request.entries.entries_M.astype("<u4").tobytes()
+            header.merge.weights = request.entries.weights_M.astype("<f4").tobytes()
         message = encode_request(header, hidden_MD)
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {len(message)} bytes, at most {MAX_MESSAGE_BYTES} can be sent")

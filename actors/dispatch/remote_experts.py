@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 
-from actors.dispatch.expert_round import ExpertRound, Patience, RemoteStats
+from actors.dispatch.expert_round import ExpertRound
 from actors.dispatch.lane_transport import LaneMemory
 from actors.dispatch.replica_pool import ExpertUnavailable, MapRejected, ReplicaPool
-from actors.dispatch.transport import ExpertRows, OpenTransport
+from actors.dispatch.round_parts import Patience, RemoteStats
+from actors.dispatch.transport import OpenTransport
 from cluster.expert_map import ExpertMap
 from cluster.ids import ReplicaId
-from model.dispatch import DispatchPlan
+from model.dispatch import Answers, DispatchPlan
 from protos.codec import max_rows_for
 
 __all__ = ["ExpertUnavailable", "MapRejected", "Patience", "RemoteExperts", "RemoteStats"]
@@ -71,8 +72,8 @@ class RemoteExperts:
     def start(self, layer: int, plan: DispatchPlan) -> ExpertRound:
         """Sends the rows of `plan` to their experts in `layer`; await the round's `result`, or abandon it.
 
-        The result is out_ND, bit for bit as LocalExperts gives it, or ExpertUnavailable when an expert has not
-        answered before the deadline; then nothing is given.
+        The result is what LocalExperts gives, or, combined, has its bits; ExpertUnavailable is raised when an expert
+        has not answered before the deadline; then nothing is given.
         """
         x_ND, free = self._gather(plan)
         return ExpertRound(
@@ -81,15 +82,15 @@ class RemoteExperts:
             self.stats,
             self._patience,
             layer,
+            plan,
             x_ND,
-            _parts(plan),
             self._max_rows(x_ND),
             free,
         )
 
-    async def run(self, layer: int, plan: DispatchPlan) -> torch.Tensor:
-        """`start`, and its result on the plan's device."""
-        return (await self.start(layer, plan).result()).to(plan.x_TD.device)
+    async def run(self, layer: int, plan: DispatchPlan) -> Answers:
+        """`start`, and its result."""
+        return await self.start(layer, plan).result()
 
     async def close(self) -> None:
         """Closes every connection; a `run` that waits fails."""
@@ -112,16 +113,6 @@ class RemoteExperts:
         row_bytes = x_ND.shape[1] * x_ND.dtype.itemsize
         most = self._max_message_rows or max(1, MESSAGE_BYTES // row_bytes)
         return min(most, max_rows_for(x_ND.shape[1], x_ND.dtype))
-
-
-def _parts(plan: DispatchPlan) -> list[ExpertRows]:
-    parts: list[ExpertRows] = []
-    start = 0
-    for expert, count in enumerate(plan.counts):
-        if count:
-            parts.append(ExpertRows(expert, slice(start, start + count)))
-        start += count
-    return parts
 
 
 def _nothing() -> None:

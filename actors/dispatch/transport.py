@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.expert_map import ReplicaInfo
@@ -36,15 +38,30 @@ class ExpertRows:
         return count
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """Rows that travel once for several experts: routed row i of the request is row `entries_M[i]` of `x_UD`, and its
+    answer goes, times `weights_M[i]`, into that entry's sum.
+    """
+
+    x_UD: torch.Tensor
+    entries_M: npt.NDArray[np.int64]
+    weights_M: npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertRequest:
-    """Rows for experts of one replica in one layer. The deadline is absolute, microseconds since 1970."""
+    """Rows for experts of one replica in one layer. The deadline is absolute, microseconds since 1970.
+
+    With `entries`, which only a transport whose rows travel understands, the reply has their sums.
+    """
 
     layer_id: int
     map_epoch: int
     deadline_unix_us: int
     parts: tuple[ExpertRows, ...]
     x_ND: torch.Tensor
+    entries: Entries | None = None
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +79,8 @@ class ExpertRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExpertReply:
-    """`output` (M, D) is there exactly when `status` is OK: the answers part by part, in the request's dtype.
+    """`output` is there exactly when `status` is OK: the answers (M, D) part by part, or the sums (U, D) of the
+    entries, in the request's dtype.
 
     It may be a view of memory that is used again: copy it in the callback that hears of the reply.
     """

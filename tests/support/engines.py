@@ -16,7 +16,7 @@ from cluster.ids import SequenceId
 from cluster.load import LoadCounter
 from cluster.scheduler import Scheduler, SchedulerConfig
 from cluster.sequence import FinishReason
-from model.dispatch import DispatchPlan
+from model.dispatch import Answers, DispatchPlan
 from model.experts import LocalExperts
 from model.kv_cache import KVCache
 from model.sampling.sampler import PositionLogprobs, SamplingParams
@@ -30,9 +30,9 @@ GREEDY = SamplingParams(temperature=0.0)
 class Later:
     """Rows that somebody computes when they are awaited."""
 
-    work: Coroutine[Any, Any, Tensor]
+    work: Coroutine[Any, Any, Answers]
 
-    async def result(self) -> Tensor:
+    async def result(self) -> Answers:
         return await self.work
 
     def abandon(self) -> None:
@@ -66,7 +66,7 @@ class GatedExperts:
     def start(self, layer: int, plan: DispatchPlan) -> Later:
         return Later(self._run(layer, plan))
 
-    async def _run(self, layer: int, plan: DispatchPlan) -> Tensor:
+    async def _run(self, layer: int, plan: DispatchPlan) -> Answers:
         self.asked.set()
         await self.gate.wait()
         if self.errors:
