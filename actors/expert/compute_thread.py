@@ -7,6 +7,7 @@ caller's too, in tokens (see `actors.expert.desk`).
 """
 
 import asyncio
+import contextlib
 import heapq
 import logging
 import os
@@ -101,6 +102,7 @@ class ComputeThread:
 
     def _work(self) -> None:
         torch.set_num_threads(self.num_threads)
+        _yield_to_senders()
         with torch.inference_mode():
             while (job := self._next()) is not None:
                 self._guarded(job)
@@ -124,3 +126,11 @@ class ComputeThread:
         except Exception:  # one bad job must not end the thread
             self.failures += 1
             LOG.exception("a compute job failed")
+
+
+def _yield_to_senders() -> None:
+    """A batch task does not interrupt whoever wakes it: a coordinator with one core less than experts can then send to
+    all of them before the first one takes its place.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

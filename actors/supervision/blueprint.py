@@ -89,6 +89,7 @@ class Blueprint:
             "node_id": replica.node_id or "",
             "device": self.experts_device,
             "threads": self.config.expert_threads,
+            "lane": self.config.transport != "grpc",
             **self._common(token),
         }
 
