@@ -5,7 +5,7 @@ Everything that can be refused without a cluster (paths, ports, memory, a second
 
 import signal
 import threading
-import time
+from concurrent.futures import Future
 from contextlib import ExitStack
 
 from rich.console import Console
@@ -15,12 +15,14 @@ from actors import ray_runtime
 from actors.command.cache_dir import user_cache_dir
 from actors.command.local_record import LocalRecord
 from actors.command.progress import show_placement, watch_start
+from actors.command.stages import Stages
 from actors.ingress import build_app
 from actors.ray_runtime import RuntimeFailure
 from actors.supervision.client import SupervisorClient, find_supervisor
 from actors.supervision.launch import check_memory, ensure_supervisor, read_model
 from actors.supervision.status import ClusterStatus
 from cluster.config import ClusterConfig
+from model.storage.checkpoint import Checkpoint
 
 START_TIMEOUT_S = 1800.0
 
@@ -31,36 +33,72 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
     `address` names a Ray cluster to join; None starts one that ends with this process. Raises what
     `actors.command.failures.known_errors` lists; whatever was started is stopped first.
     """
-    began = time.monotonic()
-    model = read_model(config)
+    stages = Stages()
+    with stages.stage("checkpoint"):
+        model = read_model(config)
     ray_runtime.check_port(host, port)
     with ExitStack() as undo:
-        if address is None:
-            record = undo.enter_context(LocalRecord(user_cache_dir()).hold(f"http://{host}:{port}"))
-            check_memory(config, model)
-            console.print("starting Ray ...")
-            ray_runtime.start_local(config.namespace)
-            record.write(ray_address=ray_runtime.address())
-        else:
-            ray_runtime.connect(address, config.namespace)
-        undo.callback(ray_runtime.disconnect)
+        with stages.stage("Ray"):
+            _join_ray(config, host, port, address, model, console, undo)
         stop = _stop_signal()
-        supervisor = _start_supervisor(config, undo)
+        with stages.stage("supervisor"):
+            supervisor = _start_supervisor(config, undo)
         console.print(
             f"loading {config.model} (Ray at {ray_runtime.address()}, logs {ray_runtime.session_dir()})",
             soft_wrap=True,
             markup=False,
         )
-        status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
-        show_placement(status, console)
-        ray_runtime.start_http(host, port)
         undo.callback(ray_runtime.undeploy, config.namespace)
-        ray_runtime.deploy(build_app(config), name=config.namespace)
+        front_door = _open_front_door(config, host, port, stages)
+        with stages.stage("experts and coordinators"):
+            status = watch_start(lambda: _poll(supervisor, stop), console, timeout_s=START_TIMEOUT_S)
+        show_placement(status, console)
+        front_door.result()
         undo.callback(supervisor.drain, config.drain_timeout_s)
-        console.print(_banner(status, host, port, time.monotonic() - began), soft_wrap=True)
+        console.print(f"\n  {stages} (side by side)", soft_wrap=True)
+        console.print(_banner(status, host, port, stages.total_s), soft_wrap=True)
         stop.wait()
         console.print("draining ...")
     console.print("stopped")
+
+
+def _join_ray(
+    config: ClusterConfig,
+    host: str,
+    port: int,
+    address: str | None,
+    model: Checkpoint,
+    console: Console,
+    undo: ExitStack,
+) -> None:
+    """A Ray of our own, if there is memory for the cluster and none runs yet, or the one at `address`."""
+    if address is None:
+        record = undo.enter_context(LocalRecord(user_cache_dir()).hold(f"http://{host}:{port}"))
+        check_memory(config, model)
+        console.print("starting Ray ...")
+        ray_runtime.start_local(config.namespace)
+        record.write(ray_address=ray_runtime.address())
+    else:
+        ray_runtime.connect(address, config.namespace)
+    undo.callback(ray_runtime.disconnect)
+
+
+def _open_front_door(config: ClusterConfig, host: str, port: int, stages: Stages) -> Future[None]:
+    """Starts HTTP while the experts load: the ingress waits for them. Its thread must not keep a failed start alive."""
+    opened: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            with stages.stage("HTTP"):
+                ray_runtime.start_http(host, port)
+                ray_runtime.deploy(build_app(config), name=config.namespace)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits, whatever it is
+            opened.set_exception(error)
+        else:
+            opened.set_result(None)
+
+    threading.Thread(target=work, name="front door", daemon=True).start()
+    return opened
 
 
 def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClient:
