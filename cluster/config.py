@@ -112,7 +112,7 @@ class ClusterConfig:
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 262_144
     speculation: Speculation = "off"
-    speculation_tokens: int = 6
+    speculation_tokens: int = 4
     speculation_ngram_max: int = 4
     speculation_ngram_min: int = 2
     speculation_max_batch: int = 4
