@@ -173,16 +173,15 @@ def test_a_sequence_that_scores_its_prompt_only_is_not_guessed_for() -> None:
         scheduler.postprocess(batch, {})
 
 
-def test_a_preempted_sequence_forgets_its_index_and_makes_it_anew() -> None:
-    scheduler = make(num_blocks=5, max_model_len=20)
-    first, second = sequence(1, max_tokens=12), sequence(2, max_tokens=12)
-    scheduler.postprocess(prefilled(scheduler, first, second), {ONE: [9], SequenceId(2): [9]})
-    told = 0
-    while not (first.is_finished and second.is_finished):
+def test_a_preempted_sequence_gives_up_its_index_with_its_blocks() -> None:
+    scheduler = make(num_blocks=6, max_model_len=20)
+    first, second = sequence(1), sequence(2)
+    batch = prefilled(scheduler, first, second)
+    assert [item.num_draft for item in batch.items] == [3, 3]
+    while not batch.preempted:
+        assert second.lookup is not None
+        scheduler.postprocess(batch, {i.sequence.seq_id: [9] for i in batch.items if i.needs_token})
         batch = scheduler.schedule(0.0)
-        for one in batch.preempted:
-            assert one.lookup is None
-        told += len(batch.preempted)
-        scheduler.postprocess(batch, {i.sequence.seq_id: [6] for i in batch.items if i.needs_token})
-        scheduler.check_integrity()
-    assert told == scheduler.counters.preemptions > 0
+    assert batch.preempted == (second,)
+    assert second.lookup is None
+    assert first.lookup is not None
