@@ -45,6 +45,8 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Sequences in one step.")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_waiting_requests: Annotated[int, typer.Option(help="Bound of the queue.")] = 256,
+    speculation: Annotated[str, typer.Option(help="Guess tokens ahead: off or prompt_lookup.")] = "off",
+    speculation_tokens: Annotated[int, typer.Option(help="Tokens guessed per step.")] = 4,
     kv_cache_gib: Annotated[float | None, typer.Option(help="KV cache of a coordinator, GiB.")] = None,
     bind_host: Annotated[str, typer.Option(help="Where the gRPC plane listens.")] = "127.0.0.1",
     tls_cert: Annotated[str | None, typer.Option(help="Certificate file of the gRPC plane.")] = None,

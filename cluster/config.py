@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from cluster.prompt_lookup import PromptLookupConfig
+
 Device = Literal["auto", "cpu", "cuda"]
 Transport = Literal["auto", "shm", "grpc"]
 KernelName = Literal["auto", "fp32", "fp16", "bf16"]
+Speculation = Literal["off", "prompt_lookup"]
 
 ATTENTION_TILE = 128
 """Positions that attention reads at a time; KV blocks must tile it exactly."""
@@ -38,6 +41,10 @@ _INT_LIMITS: Mapping[str, tuple[int, int]] = {
     "max_model_len": (1, 1 << 24),
     "max_waiting_requests": (1, 1 << 16),
     "max_waiting_tokens": (1, 1 << 30),
+    "speculation_tokens": (1, 64),
+    "speculation_ngram_max": (1, 64),
+    "speculation_ngram_min": (1, 64),
+    "speculation_max_batch": (1, 4096),
     "expert_threads": (1, 1024),
     "coordinator_threads": (1, 1024),
 }
@@ -52,6 +59,7 @@ _CHOICES: Mapping[str, Any] = {
     "experts_device": Device,
     "transport": Transport,
     "kernel": KernelName,
+    "speculation": Speculation,
 }
 _TEXTS = (
     "model",
@@ -78,6 +86,10 @@ class ClusterConfig:
     machine, `expert_num_gpus` from the device (1 on CUDA, 0 on CPU), `served_model_name` from the directory's
     name.
 
+    `speculation` guesses what running sequences will say next, `speculation_tokens` at most per step, where the
+    last `speculation_ngram_min` to `speculation_ngram_max` tokens stood before, while at most
+    `speculation_max_batch` sequences run. It changes how fast tokens come, never which.
+
     `bind_host` may be any address: there is no cluster without a bearer token, since one is generated where
     `auth_token` is None. The token never appears in the repr.
     """
@@ -99,6 +111,11 @@ class ClusterConfig:
     max_model_len: int | None = None
     max_waiting_requests: int = 256
     max_waiting_tokens: int = 262_144
+    speculation: Speculation = "off"
+    speculation_tokens: int = 4
+    speculation_ngram_max: int = 4
+    speculation_ngram_min: int = 2
+    speculation_max_batch: int = 4
     bind_host: str = "127.0.0.1"
     auth_token: str | None = field(default=None, repr=False)
     tls_cert: str | None = None
@@ -128,6 +145,7 @@ class ClusterConfig:
         _check_gpus(self.expert_num_gpus)
         _check_patterns(self)
         _check_sizes(self)
+        _check_speculation(self)
         _check_tls(self)
         _check_devices(self)
 
@@ -146,6 +164,18 @@ class ClusterConfig:
             raise ConfigError(
                 f"experts_per_actor is {self.experts_per_actor}, but must divide the model's {num_experts} experts"
             )
+
+    @property
+    def prompt_lookup(self) -> PromptLookupConfig | None:
+        """How the scheduler guesses; None where it does not."""
+        if self.speculation == "off":
+            return None
+        return PromptLookupConfig(
+            tokens=self.speculation_tokens,
+            ngram_max=self.speculation_ngram_max,
+            ngram_min=self.speculation_ngram_min,
+            max_batch=self.speculation_max_batch,
+        )
 
     def context_limit(self, max_context: int) -> int:
         """Tokens that one sequence may have, prompt and output together."""
@@ -252,6 +282,17 @@ def _check_sizes(config: ClusterConfig) -> None:
             raise ConfigError(
                 f"max_num_batched_tokens is {config.max_num_batched_tokens}, but must be at least {name} ({least})"
             )
+
+
+def _check_speculation(config: ClusterConfig) -> None:
+    least, most = config.speculation_ngram_min, config.speculation_ngram_max
+    if least > most:
+        raise ConfigError(f"speculation_ngram_min is {least}, but must be at most speculation_ngram_max ({most})")
+    if config.speculation != "off" and config.speculation_tokens >= config.max_num_batched_tokens:
+        raise ConfigError(
+            f"speculation_tokens is {config.speculation_tokens}, "
+            f"but must be less than max_num_batched_tokens ({config.max_num_batched_tokens})"
+        )
 
 
 def _check_tls(config: ClusterConfig) -> None:

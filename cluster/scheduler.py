@@ -7,9 +7,10 @@ over. Clocks are arguments; tensors, sampling and text are the engine's.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from cluster.block_allocator import BlockAllocator
+from cluster.block_allocator import BlockAllocator, blocks_for
 from cluster.ids import SequenceId
 from cluster.sequence import FinishReason, Sequence, SequenceStatus
 from cluster.step_plan import (
@@ -39,21 +40,28 @@ class RequestTooLong(ValueError):
 
 @dataclass(slots=True)
 class SchedulerCounters:
-    """Totals since start. A prompt token counts when it is first computed, whatever is recomputed later."""
+    """Totals since start. A prompt token counts when it is first computed, whatever is recomputed later.
+
+    `draft_tokens` were guessed and computed; `accepted_draft_tokens` of them each saved a step.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
-    def count(self, item: ScheduledSequence) -> None:
-        """Count a computed item, before its sequence advances."""
+    def count(self, item: ScheduledSequence, num_sampled: int) -> None:
+        """Count a computed item that gave `num_sampled` tokens, before its sequence advances."""
         sequence = item.sequence
-        fresh_from = min(max(item.start, sequence.peak_computed), item.stop)
+        fresh_from = min(max(item.start, sequence.peak_computed), item.known_stop)
         self.recomputed_tokens += fresh_from - item.start
-        self.prompt_tokens += max(0, min(item.stop, sequence.num_prompt) - fresh_from)
-        self.generated_tokens += item.needs_token
+        self.prompt_tokens += max(0, min(item.known_stop, sequence.num_prompt) - fresh_from)
+        self.generated_tokens += num_sampled
+        self.draft_tokens += item.num_draft
+        self.accepted_draft_tokens += max(0, num_sampled - 1)
 
 
 class Scheduler:
@@ -134,27 +142,29 @@ class Scheduler:
         )
         return self._in_step
 
-    def postprocess(self, batch: ScheduledBatch, tokens: Mapping[SequenceId, int]) -> list[SequenceUpdate]:
-        """Apply a computed step. `tokens` has one for every item that `needs_token` and is not finished.
+    def postprocess(self, batch: ScheduledBatch, tokens: Mapping[SequenceId, Items[int]]) -> list[SequenceUpdate]:
+        """Apply a computed step. `tokens` has at least one for every item that `needs_token` and is not finished.
 
-        Returns an update for each sequence that got a token or ended by itself, in the batch's order. Tokens
-        of sequences that were dropped meanwhile are ignored.
+        Of a share with guesses it has those that came true, in order, and then the one that was sampled instead
+        of the next. Returns an update for each sequence that got a token or ended by itself, in the batch's
+        order. Tokens of sequences that were dropped meanwhile are ignored.
         """
         alive = [item for item in batch.items if not item.sequence.is_finished]
-        lacking = [i.sequence.seq_id for i in alive if i.needs_token and i.sequence.seq_id not in tokens]
+        lacking = [i.sequence.seq_id for i in alive if i.needs_token and not tokens.get(i.sequence.seq_id)]
         assert not lacking, f"step {batch.step} has no token for sequences {lacking}"
         self._close(batch)
         self.counters.steps += 1
         updates = []
         for item in alive:
             sequence = item.sequence
-            self.counters.count(item)
-            sequence.advance(item.stop)
+            sampled = tuple(tokens[sequence.seq_id]) if item.needs_token else ()
+            self.counters.count(item, len(sampled))
+            sequence.advance(item.known_stop)
             if sequence.num_uncomputed:
                 continue
-            token = tokens[sequence.seq_id] if item.needs_token else None
-            reason = sequence.receive(token, self.max_model_len)
-            updates.append(SequenceUpdate(sequence=sequence, token=token, finish_reason=reason))
+            reason = self._receive(item, sampled)
+            self._take_back(item)
+            updates.append(SequenceUpdate(sequence=sequence, tokens=sampled, finish_reason=reason))
             if reason is not None:
                 self._end(sequence.seq_id, reason)
         return updates
@@ -162,6 +172,9 @@ class Scheduler:
     def abandon(self, batch: ScheduledBatch) -> None:
         """Give up a step without a result: its sequences stand where they stood, and are scheduled again."""
         self._close(batch)
+        for item in batch.items:
+            if not item.sequence.is_finished:
+                self._take_back(item)
 
     def check_integrity(self) -> None:
         """Audit blocks, tables, queue and order. Raises AssertionError saying what is wrong."""
@@ -176,6 +189,9 @@ class Scheduler:
         assert self.num_waiting_tokens == waiting_tokens, (self.num_waiting_tokens, waiting_tokens)
         for sequence in self._running:
             _check_running(sequence, len(sequence.block_table) * self.config.block_size, self.max_model_len)
+            if self._in_step is None:
+                needed = blocks_for(sequence.num_tokens, self.config.block_size)
+                assert len(sequence.block_table) <= needed, f"{sequence} holds blocks for more than {needed}"
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING, sequence
             assert not sequence.block_table, sequence
@@ -196,6 +212,26 @@ class Scheduler:
             self._release(sequence)
         return True
 
+    def _receive(self, item: ScheduledSequence, sampled: tuple[int, ...]) -> FinishReason | None:
+        """Append what was sampled; the guesses among it are in the KV cache already."""
+        sequence, num_true = item.sequence, max(0, len(sampled) - 1)
+        assert sampled[:num_true] == item.draft_ids[:num_true], (sampled, item.draft_ids)
+        reason = None
+        for token in sampled or (None,):
+            assert reason is None, f"a guess ended the sequence: {sampled} of {item}"
+            reason = sequence.receive(token, self.max_model_len)
+        if num_true:
+            sequence.advance(item.known_stop + num_true)
+        return reason
+
+    def _take_back(self, item: ScheduledSequence) -> None:
+        """Free the blocks that a computed or abandoned share held for its guesses alone."""
+        if item.num_draft:
+            table = item.sequence.block_table
+            kept = blocks_for(max(item.known_stop, item.sequence.num_computed), self.config.block_size)
+            self.blocks.free(reversed(table[kept:]))
+            del table[kept:]
+
     def _close(self, batch: ScheduledBatch) -> None:
         """End the step in flight and free the blocks of those that were dropped in it."""
         assert batch is self._in_step, f"step {batch.step} is not the one in flight"
@@ -206,6 +242,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(reversed(sequence.block_table))
         sequence.block_table.clear()
+        sequence.lookup = None
 
 
 def _check_fits(sequence: Sequence, max_model_len: int, max_waiting_tokens: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from cluster.ids import SequenceId
+from cluster.prompt_lookup import PromptLookup
 
 _NONE: frozenset[int] = frozenset()
 
@@ -50,6 +51,7 @@ class Sequence:
     - `peak_computed`: the most that `num_computed` has ever been; below it everything is a recomputation.
     - `block_table`: KV blocks held, in order of position.
     - `arrival`: order of arrival in this scheduler; lower goes first.
+    - `lookup`: what its next tokens are guessed from, once it has been guessed for.
     """
 
     seq_id: SequenceId
@@ -70,6 +72,7 @@ class Sequence:
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_preemptions: int = field(default=0, init=False)
+    lookup: PromptLookup | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -108,9 +111,13 @@ class Sequence:
         """Every token that ends the sequence."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | self.eos_token_ids
 
-    def forbidden_ids(self) -> frozenset[int]:
-        """Tokens that must not be sampled next: while below `min_tokens`, those that end the sequence."""
-        return self.stop_ids if len(self.output_ids) < self.min_tokens else _NONE
+    def forbidden_ids(self, ahead: int = 0) -> frozenset[int]:
+        """Tokens that must not be sampled next, or after `ahead` more: below `min_tokens`, those that end it."""
+        return self.stop_ids if len(self.output_ids) + ahead < self.min_tokens else _NONE
+
+    def tokens_left(self, max_model_len: int) -> int:
+        """The most tokens that may still be sampled."""
+        return min(self.max_tokens - len(self.output_ids), max_model_len - self.num_tokens)
 
     def final_computed(self, max_model_len: int) -> int:
         """The most positions this can ever hold in the KV cache; its last token is never computed."""
@@ -128,9 +135,7 @@ class Sequence:
             self.output_ids.append(token)
             if token in self.stop_ids and len(self.output_ids) > self.min_tokens:
                 return FinishReason.STOP
-        if len(self.output_ids) >= self.max_tokens or self.num_tokens >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.tokens_left(max_model_len) <= 0 else None
 
     def token_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Known tokens at positions start..stop, prompt and output as one."""

@@ -4,12 +4,15 @@ Order of service: running decodes, running prefills, then admissions, each by ar
 blocks of all its known tokens when it is admitted, so only decodes ever grow; who finds no block makes the
 latest arrival start over (preemption by recompute, as in vLLM, arXiv 2309.06180 §4.5). The latest arrival is
 never one that is already in the plan, and the earliest always gets what it needs, so every step advances
-someone.
+someone. Guesses at what decodes will say come last of all: they get the tokens and blocks that nobody else
+wants in this step, and lend the blocks for this step only.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from cluster.block_allocator import BlockAllocator, blocks_for
+from cluster.prompt_lookup import PromptLookup, PromptLookupConfig
 from cluster.sequence import FinishReason, Sequence, SequenceStatus
 from cluster.waiting_queue import WaitingQueue
 
@@ -19,7 +22,8 @@ class SchedulerConfig:
     """Limits of one coordinator's scheduler; all at least 1.
 
     `max_num_batched_tokens` bounds the tokens of one step, `block_size` is tokens per KV block,
-    `max_model_len` the tokens of one sequence, prompt and output together.
+    `max_model_len` the tokens of one sequence, prompt and output together. Without `prompt_lookup` nothing is
+    guessed.
     """
 
     max_num_seqs: int
@@ -28,11 +32,12 @@ class SchedulerConfig:
     max_waiting_requests: int
     max_waiting_tokens: int
     max_model_len: int
+    prompt_lookup: PromptLookupConfig | None = None
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -46,7 +51,8 @@ class ScheduledSequence:
     """A sequence's share of one step: tokens at positions start..stop of `sequence`.
 
     `block_table` covers `stop` positions and is a copy. `needs_token` is True where the share reaches the
-    last known token, so that a next one is to be sampled from the last row's logits.
+    last known token, so that a next one is to be sampled from that row's logits. The last `num_draft` tokens
+    are guesses: the row before each says whether it is true, and none of them would end the sequence.
     """
 
     sequence: Sequence
@@ -55,11 +61,22 @@ class ScheduledSequence:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     needs_token: bool
+    num_draft: int = 0
 
     @property
     def stop(self) -> int:
         """Positions in the KV cache once the step is done; the share's context length."""
         return self.start + self.num_tokens
+
+    @property
+    def known_stop(self) -> int:
+        """`stop` without the guesses."""
+        return self.stop - self.num_draft
+
+    @property
+    def draft_ids(self) -> tuple[int, ...]:
+        """The guesses."""
+        return self.token_ids[self.num_tokens - self.num_draft :]
 
     @property
     def prompt_rows(self) -> range:
@@ -101,10 +118,10 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceUpdate:
-    """What a step gave one sequence: a token, its end, or both."""
+    """What a step gave one sequence: a token, its end, or both; several tokens where guesses came true."""
 
     sequence: Sequence
-    token: int | None
+    tokens: tuple[int, ...]
     finish_reason: FinishReason | None
 
 
@@ -131,6 +148,7 @@ class StepPlanner:
             if sequence.num_uncomputed > 1 and self.budget:
                 self._take(sequence)
         self._admit()
+        self._guess()
 
     def _grow(self, sequence: Sequence) -> bool:
         """Get the block of the next token, at the cost of the latest arrivals; False where that is `sequence`."""
@@ -150,6 +168,7 @@ class StepPlanner:
         self.blocks.free(victim.block_table)
         victim.block_table.clear()
         victim.num_computed = 0
+        victim.lookup = None
         victim.num_preemptions += 1
         victim.status = SequenceStatus.WAITING
         self.waiting.push_front(victim)
@@ -185,6 +204,43 @@ class StepPlanner:
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
             self._take(sequence)
+
+    def _guess(self) -> None:
+        """Lengthen decodes by guesses, first come, first served, while few run."""
+        lookup = self.config.prompt_lookup
+        if lookup is None or len(self.running) > lookup.max_batch:
+            return
+        for place, item in enumerate(self.items):
+            if item.needs_token and item.num_tokens == 1 and item.sequence.output_ids:
+                draft = self._draft(item.sequence, lookup)
+                if draft:
+                    self.items[place] = self._lengthened(item, draft)
+
+    def _draft(self, sequence: Sequence, lookup: PromptLookupConfig) -> tuple[int, ...]:
+        """Guesses that fit in what is left. One that would end the sequence is left to be sampled without guessing."""
+        size = self.config.block_size
+        free_positions = (len(sequence.block_table) + self.blocks.num_free) * size - sequence.num_tokens
+        limit = min(lookup.tokens, self.budget, free_positions, sequence.tokens_left(self.max_len) - 1)
+        if limit < 1:
+            return ()
+        if sequence.lookup is None:
+            sequence.lookup = PromptLookup(lookup.ngram_min, lookup.ngram_max)
+        sequence.lookup.extend(sequence.token_ids(len(sequence.lookup), sequence.num_tokens))
+        stop_ids = sequence.stop_ids
+        return tuple(takewhile(lambda token: token not in stop_ids, sequence.lookup.propose(limit)))
+
+    def _lengthened(self, item: ScheduledSequence, draft: tuple[int, ...]) -> ScheduledSequence:
+        table = item.sequence.block_table
+        missing = blocks_for(item.stop + len(draft), self.config.block_size) - len(table)
+        table += self.blocks.allocate(max(0, missing))
+        self.budget -= len(draft)
+        return replace(
+            item,
+            num_tokens=item.num_tokens + len(draft),
+            token_ids=(*item.token_ids, *draft),
+            block_table=tuple(table),
+            num_draft=len(draft),
+        )
 
     def _reserve(self) -> int:
         """Blocks to leave free: one for each running sequence that may still grow, so that it is not preempted soon."""

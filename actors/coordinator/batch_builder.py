@@ -12,16 +12,19 @@ from model.batch import ForwardBatch
 
 @dataclass(frozen=True, slots=True)
 class RowsOf:
-    """One share's rows in logits_RV: `prompt` scores prompt tokens, `sample` chooses the next token."""
+    """One share's rows in logits_RV: `prompt` scores prompt tokens, `sample` chooses the next token.
+
+    With guesses `sample` has a row for each and one more: row i chooses the token after i guesses came true.
+    """
 
     item: ScheduledSequence
     prompt: slice
-    sample: int | None
+    sample: slice
 
     @property
     def all(self) -> slice:
         """Every row of the share; they are adjacent."""
-        return slice(self.prompt.start, self.prompt.stop if self.sample is None else self.sample + 1)
+        return slice(self.prompt.start, self.sample.stop)
 
     @property
     def prompt_targets(self) -> tuple[int, ...]:
@@ -41,8 +44,8 @@ class StepInput:
 def build_step(batch: ScheduledBatch) -> StepInput:
     """All shares of a step side by side, flat, in the plan's order.
 
-    Example: a prefill chunk of 4 tokens that ends its prompt and a decode give T = 5 tokens, logits rows [3,
-    4].
+    Example: a prefill chunk of 4 tokens that ends its prompt and a decode with 2 guesses give T = 7 tokens,
+    logits rows [3, 4, 5, 6].
     """
     logits_rows: list[int] = []
     rows: list[RowsOf] = []
@@ -51,11 +54,10 @@ def build_step(batch: ScheduledBatch) -> StepInput:
         scored = item.prompt_rows
         prompt = slice(len(logits_rows), len(logits_rows) + len(scored))
         logits_rows += [first + row for row in scored]
-        sample = None
-        if item.needs_token:
-            sample = len(logits_rows)
-            logits_rows.append(first + item.num_tokens - 1)
-        if scored or sample is not None:
+        num_sampled = item.num_draft + 1 if item.needs_token else 0
+        sample = slice(len(logits_rows), len(logits_rows) + num_sampled)
+        logits_rows += range(first + item.num_tokens - num_sampled, first + item.num_tokens)
+        if scored or num_sampled:
             rows.append(RowsOf(item, prompt, sample))
         first += item.num_tokens
     forward = ForwardBatch.build(

@@ -139,7 +139,7 @@ class Engine:
         failed = {seq_id: one for seq_id, one in results.items() if isinstance(one, Failure)}
         good = {seq_id: one for seq_id, one in results.items() if isinstance(one, RowResult)}
         outputs = [self._fail(seq_id, failure) for seq_id, failure in failed.items()]
-        tokens = {seq_id: one.sampled.token for seq_id, one in good.items() if one.sampled is not None}
+        tokens = {seq_id: [place.token for place in one.sampled] for seq_id, one in good.items()}
         updates = {update.sequence.seq_id: update for update in self.scheduler.postprocess(batch, tokens)}
         self._open_step = None
         outputs += [self._output(seq_id, result, updates.pop(seq_id, None)) for seq_id, result in good.items()]
@@ -149,18 +149,17 @@ class Engine:
     def _output(self, seq_id: SequenceId, result: RowResult, update: SequenceUpdate | None) -> GenerationOutput:
         live = self.live.get(seq_id)
         assert live is not None, f"sequence {seq_id} ended while its step was concluded"
-        token = None if update is None else update.token
-        if token is not None:
+        tokens = () if update is None else update.tokens
+        for token in tokens:
             live.choice.state.observe(token)
-        logprobs = () if result.sampled is None or result.sampled.logprob is None else (result.sampled.logprob,)
         finish_reason = None if update is None else update.finish_reason
         if finish_reason is not None:
             self.live.forget(seq_id)
         return GenerationOutput(
             seq_id=seq_id,
             num_prompt_tokens=live.sequence.num_prompt,
-            token_ids=() if token is None else (token,),
-            logprobs=logprobs,
+            token_ids=tokens,
+            logprobs=tuple(one.logprob for one in result.sampled if one.logprob is not None),
             prompt_logprobs=result.prompt_logprobs,
             finish_reason=finish_reason,
         )

@@ -84,6 +84,7 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
             max_waiting_requests=config.max_waiting_requests,
             max_waiting_tokens=config.max_waiting_tokens,
             max_model_len=config.context_limit(model.max_context),
+            prompt_lookup=config.prompt_lookup,
         ),
     )
 

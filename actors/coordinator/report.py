@@ -73,6 +73,8 @@ def _add_engine(reply: SnapshotReply, engine: Engine) -> None:
     reply.prompt_tokens_total = scheduler.counters.prompt_tokens
     reply.generated_tokens_total = scheduler.counters.generated_tokens
     reply.preemptions_total = scheduler.counters.preemptions
+    reply.draft_tokens_total = scheduler.counters.draft_tokens
+    reply.accepted_draft_tokens_total = scheduler.counters.accepted_draft_tokens
     reply.max_model_len = scheduler.max_model_len
     reply.load.extend(_layers(load.total))
     reply.window_load.extend(_layers(load.window.load))

@@ -1,12 +1,14 @@
 """From a step's logits to its tokens and log-probabilities, one sequence's trouble kept from the others.
 
-Pure of time and of the scheduler: rows and sampler states in, results out. The sampling mathematics is
+Pure of time and of the scheduler: rows and sampler states in, results out. A guessed token is never judged by
+its probability: each row is sampled just as it would be without guesses, and the guess was true if it is the
+very token sampled. So guesses change when a token comes, never which. The sampling mathematics is
 `model.sampling.sampler`'s.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,10 +39,31 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What one share's rows gave: scores of prompt positions, and a token where one was due."""
+    """What one share's rows gave: scores of prompt positions, and tokens where one was due: all that is certain."""
 
     prompt_logprobs: tuple[PositionLogprobs, ...]
-    sampled: Sampled | None
+    sampled: tuple[Sampled, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A share's next draw, after `ahead` guesses came true; `choice` knows of these."""
+
+    row: RowsOf
+    choice: Choice
+    ahead: int = 0
+
+    @property
+    def seq_id(self) -> SequenceId:
+        return _id(self.row)
+
+    def following(self, sampled: Sampled) -> "_Turn | None":
+        """The draw after this one, where this one's token was guessed."""
+        draft_ids = self.row.item.draft_ids
+        if self.ahead == len(draft_ids) or draft_ids[self.ahead] != sampled.token:
+            return None
+        state = self.choice.state.after(sampled.token)
+        return _Turn(self.row, replace(self.choice, state=state), self.ahead + 1)
 
 
 def sample_step(
@@ -48,17 +71,17 @@ def sample_step(
 ) -> dict[SequenceId, RowResult | Failure]:
     """A result or a failure for each of `rows`, whose sequences must all be in `choices`."""
     scores = {_id(one): _score(logits_RV, one, choices[_id(one)]) for one in rows}
-    drawing = [one for one in rows if one.sample is not None and not isinstance(scores[_id(one)], Failure)]
-    drawn = _draw_all(logits_RV, drawing, choices)
+    drawing = [one for one in rows if one.item.needs_token and not isinstance(scores[_id(one)], Failure)]
+    drawn = _draw_runs(logits_RV, [_Turn(one, choices[_id(one)]) for one in drawing])
     results: dict[SequenceId, RowResult | Failure] = {}
     for seq_id, score in scores.items():
-        token = drawn.get(seq_id)
+        tokens = drawn.get(seq_id, ())
         if isinstance(score, Failure):
             results[seq_id] = score
-        elif isinstance(token, Failure):
-            results[seq_id] = token
+        elif isinstance(tokens, Failure):
+            results[seq_id] = tokens
         else:
-            results[seq_id] = RowResult(score, token)
+            results[seq_id] = RowResult(score, tokens)
     return results
 
 
@@ -72,33 +95,46 @@ def _score(logits_RV: Tensor, one: RowsOf, choice: Choice) -> tuple[PositionLogp
         return _failed("scoring the prompt", _id(one), error)
 
 
-def _draw_all(
-    logits_RV: Tensor, rows: Sequence[RowsOf], choices: Mapping[SequenceId, Choice]
-) -> dict[SequenceId, Sampled | Failure]:
+def _draw_runs(logits_RV: Tensor, turns: Sequence[_Turn]) -> dict[SequenceId, tuple[Sampled, ...] | Failure]:
+    """Round by round, as long as guesses come true.
+
+    A failure after the first token is left for the next step to find, as it would be without guesses.
+    """
+    runs: dict[SequenceId, tuple[Sampled, ...] | Failure] = {}
+    while turns:
+        following: list[_Turn] = []
+        for turn, one in zip(turns, _draw_all(logits_RV, turns), strict=True):
+            so_far = runs.get(turn.seq_id, ())
+            assert not isinstance(so_far, Failure), f"sequence {turn.seq_id} draws again after a failure"
+            if isinstance(one, Failure):
+                runs[turn.seq_id] = so_far or one
+                continue
+            runs[turn.seq_id] = (*so_far, one)
+            following += [after for after in [turn.following(one)] if after is not None]
+        turns = following
+    return runs
+
+
+def _draw_all(logits_RV: Tensor, turns: Sequence[_Turn]) -> list[Sampled | Failure]:
     """All rows in one call; where that raises, one by one, so that only the guilty fail."""
     try:
-        drawn = _draw(logits_RV, rows, choices)
+        drawn = _draw(logits_RV, turns)
     except Exception as error:  # noqa: BLE001 - `sample` answers by row: a bug, contained and logged below
-        if len(rows) == 1:
-            return {_id(rows[0]): _failed("sampling", _id(rows[0]), error)}
-        return {seq_id: one for row in rows for seq_id, one in _draw_all(logits_RV, [row], choices).items()}
-    return {
-        _id(row): _failed("sampling", _id(row), one.reason) if isinstance(one, SampleError) else one
-        for row, one in zip(rows, drawn, strict=True)
-    }
+        if len(turns) == 1:
+            return [_failed("sampling", turns[0].seq_id, error)]
+        return [one for turn in turns for one in _draw_all(logits_RV, [turn])]
+    return [
+        _failed("sampling", turn.seq_id, one.reason) if isinstance(one, SampleError) else one
+        for turn, one in zip(turns, drawn, strict=True)
+    ]
 
 
-def _draw(
-    logits_RV: Tensor, rows: Sequence[RowsOf], choices: Mapping[SequenceId, Choice]
-) -> list[Sampled | SampleError]:
-    if not rows:
-        return []
-    wanted = [choices[_id(row)] for row in rows]
+def _draw(logits_RV: Tensor, turns: Sequence[_Turn]) -> list[Sampled | SampleError]:
     return sample(
-        logits_RV[[row.sample for row in rows if row.sample is not None]],
-        [one.state for one in wanted],
-        [one.num_logprobs for one in wanted],
-        [row.item.sequence.forbidden_ids() for row in rows],
+        logits_RV[[turn.row.sample.start + turn.ahead for turn in turns]],
+        [turn.choice.state for turn in turns],
+        [turn.choice.num_logprobs for turn in turns],
+        [turn.row.item.sequence.forbidden_ids(turn.ahead) for turn in turns],
     )
 
 

@@ -116,6 +116,8 @@ def _counters(replies: list[SnapshotReply]) -> Iterator[Metric]:
     values = {
         "steps": "Steps of the engine",
         "preemptions": "Sequences put back to recompute for want of KV blocks",
+        "draft_tokens": "Tokens guessed and computed ahead",
+        "accepted_draft_tokens": "Tokens guessed right, each of which saved a step",
         "expert_retries": "Expert messages that were sent again",
     }
     for name, text in values.items():

@@ -6,6 +6,7 @@ round. Bad logits in one row become a `SampleError` in its place. Which tokens e
 scheduler's knowledge.
 """
 
+import copy
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,13 @@ class SamplerState:
         if self.params.has_penalties:
             self._output_counts[token] = self._output_counts.get(token, 0) + 1
             self._max_id = max(self._max_id, token)
+
+    def after(self, token: int) -> "SamplerState":
+        """A copy that has observed `token` as well; this one has not."""
+        copied = copy.copy(self)
+        copied._output_counts = dict(self._output_counts)
+        copied.observe(token)
+        return copied
 
     def penalize(self, row_V: Tensor) -> None:
         """Apply the penalties to fp32 logits in place: repetition (arXiv 1909.05858, 4.1), then the other two.

@@ -1,6 +1,10 @@
 """A choice's tokens as text: stop strings and tokens, min_tokens, and log-probabilities that keep step."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.front.choice_text import Answer, ChoiceText, Delta, TextRules
 from protos.coordinator_pb2 import (
@@ -150,3 +154,27 @@ def test_half_a_character_at_the_end_is_marked() -> None:
 def test_outputs_without_log_probabilities_give_entries_without() -> None:
     delta = choice().feed(SequenceOutput(token_ids=[ord("a")]))
     assert [entry.logprobs for entry in delta.entries] == [None]
+
+
+@given(
+    text=st.text("abc", min_size=1, max_size=14),
+    cuts=st.sets(st.integers(1, 13)),
+    stops=st.lists(st.text("abc", min_size=1, max_size=3), max_size=2),
+    include=st.booleans(),
+    min_tokens=st.integers(0, 4),
+    finish=st.sampled_from([FINISH_REASON_LENGTH, FINISH_REASON_STOP]),
+)
+def test_how_many_tokens_come_in_one_output_changes_nothing(
+    text: str, cuts: set[int], stops: list[str], include: bool, min_tokens: int, finish: FinishReason
+) -> None:
+    """A step may give several tokens, a stop string among them; the answer and its length are those of one by one."""
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(borders)]
+
+    def fed(parts: Sequence[str]) -> tuple[Answer, int]:
+        endings = [FINISH_REASON_UNSPECIFIED] * (len(parts) - 1) + [finish]
+        outputs = [output(part, ending) for part, ending in zip(parts, endings, strict=True)]
+        answer, last = feed_all(choice(*stops, include=include, min_tokens=min_tokens), outputs)
+        return answer, last.num_tokens
+
+    assert fed(pieces) == fed(list(text))

@@ -36,6 +36,7 @@ from protos.expert_pb2 import (
 )
 from tests.support.checkpoints import write_mixtral
 from tests.support.engines import TinyModel, request, tell_fresh
+from tests.support.rambling import write_rambling
 from tests.support.served import submit
 from tests.support.tokenizers import write_byte_tokenizer
 
@@ -189,6 +190,19 @@ async def test_experts_over_grpc_give_the_tokens_and_logprobs_of_one_process(che
     assert info["prompt_tokens_total"] == sum(map(len, prompts))
     assert (info["num_running"], info["num_waiting"]) == (0, 0)
     assert info["kv_blocks_free"] == info["kv_blocks_total"]
+
+
+async def test_guessing_ahead_is_a_setting_and_shows_in_the_report(tmp_path: Path) -> None:
+    write_rambling(tmp_path, layers=LAYERS, experts=EXPERTS)
+    (expected,) = await tell_fresh(TinyModel.load(tmp_path), [request([8, 9, 10], 40, num_logprobs=1)])
+    async with cluster(tmp_path, speculation="prompt_lookup", speculation_ngram_min=1) as (coordinator, client, _, _):
+        outputs = await collect(client, 0, [8, 9, 10], 40, logprobs=1)
+        info = await coordinator.info()
+    assert tokens(outputs) == expected.tokens
+    places = [place for one in outputs for place in one.logprobs]
+    assert [place.chosen.logprob for place in places] == [place.chosen.logprob for place in expected.logprobs]
+    assert info["draft_tokens_total"] >= info["accepted_draft_tokens_total"] > 0
+    assert info["steps_total"] == info["generated_tokens_total"] - info["accepted_draft_tokens_total"]
 
 
 async def test_it_answers_from_the_first_moment_and_takes_requests_when_it_has_all_it_needs(

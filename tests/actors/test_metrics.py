@@ -44,7 +44,7 @@ def test_coordinators_as_of_their_snapshots() -> None:
     one = snapshot(
         "c0", [[4, 0], [2, 2]], num_running=3, num_waiting=1, kv_blocks_total=10, kv_blocks_free=4, map_epoch=2
     )
-    two = snapshot("c1", [[0, 4], [1, 1]], preemptions_total=5)
+    two = snapshot("c1", [[0, 4], [1, 1]], preemptions_total=5, draft_tokens_total=9, accepted_draft_tokens_total=4)
     found = samples(FrontMetrics("tiny", lambda: {"b": two, "a": one}))
     assert found["octavo_num_requests_running", (("coordinator", "c0"),)] == 3
     assert found["octavo_num_requests_waiting", (("coordinator", "c0"),)] == 1
@@ -53,6 +53,8 @@ def test_coordinators_as_of_their_snapshots() -> None:
     assert found["octavo_kv_cache_usage_perc", (("coordinator", "c1"),)] == 0
     assert found["octavo_map_epoch", (("coordinator", "c0"),)] == 2
     assert found["octavo_preemptions_total", (("coordinator", "c1"),)] == 5
+    assert found["octavo_draft_tokens_total", (("coordinator", "c1"),)] == 9
+    assert found["octavo_accepted_draft_tokens_total", (("coordinator", "c1"),)] == 4
     assert found["octavo_coordinator_up", (("coordinator", "c1"),)] == 1
 
 

@@ -23,6 +23,7 @@ def share(
     *,
     scores: bool = False,
     output: tuple[int, ...] = (),
+    draft: tuple[int, ...] = (),
 ) -> ScheduledSequence:
     sequence = Sequence(
         seq_id=SequenceId(seq_id), prompt_ids=prompt, max_tokens=9, min_tokens=1, stop_token_ids=frozenset({2}),
@@ -33,10 +34,11 @@ def share(
     return ScheduledSequence(
         sequence=sequence,
         start=start,
-        num_tokens=num_tokens,
-        token_ids=sequence.token_ids(start, stop),
+        num_tokens=num_tokens + len(draft),
+        token_ids=(*sequence.token_ids(start, stop), *draft),
         block_table=(seq_id,),
         needs_token=stop == sequence.num_tokens,
+        num_draft=len(draft),
     )
 
 
@@ -67,10 +69,11 @@ def test_shares_lie_side_by_side_and_rows_know_their_owner() -> None:
     assert step.forward.logits_rows == (0, 1, 2, 3, 6, 7)
     assert [one.item.sequence.seq_id for one in step.rows] == [0, 1, 3], "a chunk in mid-prompt needs no logits"
     assert [(one.prompt, one.sample) for one in step.rows] == [
-        (slice(0, 0), 0),
-        (slice(1, 4), None),
-        (slice(4, 5), 5),
+        (slice(0, 0), slice(0, 1)),
+        (slice(1, 4), slice(4, 4)),
+        (slice(4, 5), slice(5, 6)),
     ]
+    assert [one.all for one in step.rows] == [slice(0, 1), slice(1, 4), slice(4, 6)]
     assert [one.prompt_targets for one in step.rows] == [(), (12, 13, 14), (32,)]
 
 
@@ -82,14 +85,14 @@ def test_each_row_is_read_as_its_sequence_wants() -> None:
     first, second = results[SequenceId(0)], results[SequenceId(1)]
     assert isinstance(first, RowResult)
     assert isinstance(second, RowResult)
-    assert first.sampled is not None
-    assert first.sampled.token == 3, "2 would stop it, and it may not stop yet"
-    assert first.sampled.logprob is None
+    (token,) = first.sampled
+    assert token.token == 3, "2 would stop it, and it may not stop yet"
+    assert token.logprob is None
     assert [place.chosen.token for place in second.prompt_logprobs] == [4]
-    assert second.sampled is not None
-    assert second.sampled.token == 0
-    assert second.sampled.logprob is not None
-    assert [one.token for one in second.sampled.logprob.top] == [0]
+    (token,) = second.sampled
+    assert token.token == 0
+    assert token.logprob is not None
+    assert [one.token for one in token.logprob.top] == [0]
 
 
 @pytest.mark.parametrize("bad_row", [0, 1, 2])
@@ -132,3 +135,83 @@ def test_a_step_without_rows_gives_nothing() -> None:
     step = build_step(ScheduledBatch(step=0, items=(share(0, [5, 6, 7], 0, 2),)))
     assert step.forward.logits_rows == ()
     assert sample_step(torch.empty(0, 8), step.rows, {}) == {}
+
+
+def test_a_share_with_guesses_has_a_row_for_each_and_one_more() -> None:
+    batch = ScheduledBatch(
+        step=0,
+        items=(
+            share(0, [5, 6], 2, 1, output=(7,), draft=(8, 9)),
+            share(1, [10, 11], 0, 2),
+            share(2, [20], 1, 1, output=(21,)),
+        ),
+    )
+    step = build_step(batch)
+    assert step.forward.token_ids_T.tolist() == [7, 8, 9, 10, 11, 21]
+    assert step.forward.positions_T.tolist() == [2, 3, 4, 0, 1, 1]
+    assert step.forward.logits_rows == (0, 1, 2, 4, 5)
+    assert [one.sample for one in step.rows] == [slice(0, 3), slice(3, 4), slice(4, 5)]
+    assert [one.item.known_stop for one in step.rows] == [3, 2, 2]
+
+
+def one_hot(*tokens: int) -> torch.Tensor:
+    """Rows of logits of which each says one token."""
+    return torch.nn.functional.one_hot(torch.tensor(tokens), 10).float()
+
+
+def drawn(logits_RV: torch.Tensor, draft: tuple[int, ...], one: Choice) -> list[int] | Failure:
+    step = build_step(ScheduledBatch(step=0, items=(share(0, [5], 1, 1, output=(7,), draft=draft),)))
+    result = sample_step(logits_RV, step.rows, {SequenceId(0): one})[SequenceId(0)]
+    return result if isinstance(result, Failure) else [place.token for place in result.sampled]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [((8, 9, 3), [8, 9, 3]), ((8, 1, 3), [8, 1]), ((1, 9, 3), [1]), ((9, 8, 3), [9])],
+)
+def test_rows_are_sampled_as_far_as_guesses_come_true(said: tuple[int, ...], expected: list[int]) -> None:
+    assert drawn(one_hot(*said), (8, 9), choice()) == expected
+
+
+def test_penalties_and_draws_know_of_the_guesses_before_them_and_the_state_stays_as_it_was() -> None:
+    """Each row is drawn as in a step of its own: from the same uniform number, with the same history."""
+    params = SamplingParams(temperature=1.0, seed=5, frequency_penalty=0.9, repetition_penalty=1.1)
+    rows = torch.randn(4, 10, generator=torch.Generator().manual_seed(3))
+    alone = SamplerState(params, (5,), (7,))
+    expected: list[int] = []
+    for row in rows:
+        (token,) = drawn_one(row[None], alone)
+        expected.append(token)
+        alone.observe(token)
+    state = SamplerState(params, (5,), (7,))
+    for _ in range(2):
+        assert drawn(rows, tuple(expected[:3]), choice(state)) == expected, "drawing twice is drawing once"
+    assert state.num_output == 1
+
+
+def drawn_one(logits_RV: torch.Tensor, state: SamplerState) -> list[int]:
+    tokens = drawn(logits_RV, (), choice(state))
+    assert not isinstance(tokens, Failure)
+    return tokens
+
+
+def test_min_tokens_count_the_guesses_before_a_row() -> None:
+    step = build_step(ScheduledBatch(step=0, items=(share(0, [5], 0, 1, draft=(4, 6)),)))
+    says_stop = one_hot(2, 2, 2) + one_hot(4, 4, 4) / 2
+    result = sample_step(says_stop, step.rows, {SequenceId(0): choice()})[SequenceId(0)]
+    assert isinstance(result, RowResult)
+    assert [place.token for place in result.sampled] == [4, 2], "the first must not stop, the second may"
+
+
+@pytest.mark.parametrize(("bad_row", "expected"), [(0, None), (1, [8]), (2, [8, 9])])
+def test_a_bad_row_after_the_first_is_left_for_the_next_step(bad_row: int, expected: list[int] | None) -> None:
+    logits_RV = one_hot(8, 9, 3)
+    logits_RV[bad_row, 3] = float("nan")
+    tokens = drawn(logits_RV, (8, 9), choice())
+    assert isinstance(tokens, Failure) if expected is None else tokens == expected
+
+
+def test_a_bad_row_behind_a_wrong_guess_is_never_looked_at() -> None:
+    logits_RV = one_hot(1, 9, 3)
+    logits_RV[1:] = float("nan")
+    assert drawn(logits_RV, (8, 9), choice()) == [1]

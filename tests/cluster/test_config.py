@@ -8,6 +8,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.config import ClusterConfig, ConfigError, from_environment
+from cluster.prompt_lookup import PromptLookupConfig
 
 TOKEN = "0123456789abcdef"
 ARGS: TypeAdapter[ClusterConfig] = TypeAdapter(ClusterConfig)
@@ -40,6 +41,11 @@ def test_the_defaults_are_those_of_one_machine() -> None:
         ("max_model_len", 0, "max_model_len is 0"),
         ("max_waiting_requests", 0, "max_waiting_requests is 0"),
         ("max_waiting_tokens", -1, "max_waiting_tokens is -1"),
+        ("speculation", "eagle", "speculation is 'eagle', but must be one of off, prompt_lookup"),
+        ("speculation_tokens", 0, "speculation_tokens is 0"),
+        ("speculation_ngram_min", 0, "speculation_ngram_min is 0"),
+        ("speculation_ngram_max", 65, "speculation_ngram_max is 65"),
+        ("speculation_max_batch", 0, "speculation_max_batch is 0"),
         ("expert_threads", 0, "expert_threads is 0"),
         ("coordinator_threads", 0, "coordinator_threads is 0"),
         ("expert_deadline_s", 0, "expert_deadline_s is 0, but must be more than 0"),
@@ -76,6 +82,16 @@ def test_a_value_out_of_its_limits_is_named_with_them(name: str, value: object, 
             r"max_num_batched_tokens is 16, .* block_size \(32\)",
         ),
         ({"max_num_batched_tokens": 32}, r"max_num_batched_tokens is 32, .* max_num_seqs \(64\)"),
+        ({"speculation_ngram_min": 5}, r"speculation_ngram_min is 5, but must be at most speculation_ngram_max \(4\)"),
+        (
+            {
+                "speculation": "prompt_lookup",
+                "speculation_tokens": 32,
+                "max_num_batched_tokens": 32,
+                "max_num_seqs": 4,
+            },
+            r"speculation_tokens is 32, but must be less than max_num_batched_tokens \(32\)",
+        ),
         ({"tls_cert": "c.pem"}, "tls_cert is given without tls_key"),
         ({"tls_key": "k.pem"}, "tls_key is given without tls_cert"),
         ({"tls_ca": "ca.pem"}, "tls_ca is given without tls_cert"),
@@ -100,12 +116,21 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         {"expert_num_gpus": 2},
         {"block_size": 128, "max_num_batched_tokens": 128},
         {"drain_timeout_s": 1},
+        {"speculation": "prompt_lookup", "speculation_tokens": 31, "max_num_batched_tokens": 32, "max_num_seqs": 4},
+        {"speculation_tokens": 32, "max_num_batched_tokens": 32, "max_num_seqs": 4},
         {"auth_token": TOKEN},
     ],
 )
 def test_what_makes_sense_is_accepted(changes: dict[str, Any]) -> None:
     config = make(**changes)
     assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_speculation_is_off_unless_it_is_asked_for() -> None:
+    assert make().prompt_lookup is None
+    assert make(speculation_tokens=9).prompt_lookup is None
+    chosen = make(speculation="prompt_lookup", speculation_tokens=9, speculation_ngram_min=3, speculation_max_batch=2)
+    assert chosen.prompt_lookup == PromptLookupConfig(tokens=9, ngram_max=4, ngram_min=3, max_batch=2)
 
 
 @pytest.mark.parametrize(

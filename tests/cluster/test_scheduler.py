@@ -59,7 +59,7 @@ def shares(batch: ScheduledBatch) -> list[tuple[int, int, int]]:
 
 def step(scheduler: Scheduler, now_s: float = 0.0, token: int = 7) -> list[SequenceUpdate]:
     batch = scheduler.schedule(now_s)
-    updates = scheduler.postprocess(batch, {i.sequence.seq_id: token for i in batch.items if i.needs_token})
+    updates = scheduler.postprocess(batch, {i.sequence.seq_id: [token] for i in batch.items if i.needs_token})
     scheduler.check_integrity()
     return updates
 
@@ -74,13 +74,13 @@ def test_a_prompt_is_prefilled_then_decoded_token_by_token() -> None:
     assert (item.start, item.num_tokens, item.stop, item.needs_token) == (0, 5, 5, True)
     assert item.token_ids == (100, 101, 102, 103, 104)
     assert len(item.block_table) == 2
-    (update,) = scheduler.postprocess(batch, {SequenceId(1): 42})
-    assert (update.token, update.finish_reason) == (42, None)
+    (update,) = scheduler.postprocess(batch, {SequenceId(1): [42]})
+    assert (update.tokens, update.finish_reason) == ((42,), None)
     batch = scheduler.schedule(1.0)
     (item,) = batch.items
     assert (item.start, item.num_tokens, item.token_ids) == (5, 1, (42,))
-    (update,) = scheduler.postprocess(batch, {SequenceId(1): 43})
-    assert (update.token, update.finish_reason) == (43, FinishReason.LENGTH)
+    (update,) = scheduler.postprocess(batch, {SequenceId(1): [43]})
+    assert (update.tokens, update.finish_reason) == ((43,), FinishReason.LENGTH)
     assert only.output_ids == [42, 43]
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free) == (0, 0, 16)
 
@@ -99,7 +99,7 @@ def test_decodes_go_first_then_running_prefills_then_admissions_within_the_budge
     for _ in range(5):
         batch = scheduler.schedule(0.0)
         seen.append(shares(batch))
-        scheduler.postprocess(batch, {i.sequence.seq_id: 7 for i in batch.items if i.needs_token})
+        scheduler.postprocess(batch, {i.sequence.seq_id: [7] for i in batch.items if i.needs_token})
     assert seen == [
         [(1, 0, 3), (2, 0, 5)],
         [(1, 3, 1), (2, 5, 7)],
@@ -155,7 +155,7 @@ def test_what_can_never_fit_is_refused_at_once(length: int, max_tokens: int, fit
     if fits:
         scheduler.add(wanted)
         assert step(scheduler) == [
-            SequenceUpdate(sequence=wanted, token=7 if max_tokens else None, finish_reason=FinishReason.LENGTH)
+            SequenceUpdate(sequence=wanted, tokens=(7,) if max_tokens else (), finish_reason=FinishReason.LENGTH)
         ]
     else:
         with pytest.raises(RequestTooLong, match=rf"prompt has {length} tokens.*max_model_len is 8"):
@@ -219,7 +219,7 @@ def test_blocks_of_a_sequence_in_the_running_step_are_freed_when_it_is_over() ->
     assert (scheduler.num_running, scheduler.blocks.num_free) == (0, 2)
     scheduler.add(second)
     scheduler.check_integrity()
-    assert scheduler.postprocess(batch, {SequenceId(1): 9}) == [], "its result is dropped"
+    assert scheduler.postprocess(batch, {SequenceId(1): [9]}) == [], "its result is dropped"
     assert first.output_ids == []
     assert scheduler.blocks.num_free == 4
     assert shares(scheduler.schedule(0.0)) == [(2, 0, 8)]
@@ -230,7 +230,7 @@ def test_a_dropped_sequence_needs_no_token() -> None:
     added(scheduler, sequence(1, 2), sequence(2, 2))
     batch = scheduler.schedule(0.0)
     scheduler.fail(SequenceId(1))
-    (update,) = scheduler.postprocess(batch, {SequenceId(2): 5})
+    (update,) = scheduler.postprocess(batch, {SequenceId(2): [5]})
     assert update.sequence.seq_id == 2
 
 
@@ -239,8 +239,8 @@ def test_a_missing_token_is_noticed_before_anything_changes() -> None:
     added(scheduler, sequence(1, 2), sequence(2, 2))
     batch = scheduler.schedule(0.0)
     with pytest.raises(AssertionError, match=r"no token for sequences \[2\]"):
-        scheduler.postprocess(batch, {SequenceId(1): 5})
-    assert len(scheduler.postprocess(batch, {SequenceId(1): 5, SequenceId(2): 5})) == 2
+        scheduler.postprocess(batch, {SequenceId(1): [5]})
+    assert len(scheduler.postprocess(batch, {SequenceId(1): [5], SequenceId(2): [5]})) == 2
 
 
 def test_one_step_is_in_flight_at_a_time() -> None:
@@ -300,7 +300,7 @@ def test_the_latest_arrival_makes_room_and_recomputes_with_its_output() -> None:
         batch = scheduler.schedule(0.0)
         history.append(shares(batch))
         preempted += [s.seq_id for s in batch.preempted]
-        scheduler.postprocess(batch, {i.sequence.seq_id: 7 for i in batch.items if i.needs_token})
+        scheduler.postprocess(batch, {i.sequence.seq_id: [7] for i in batch.items if i.needs_token})
         scheduler.check_integrity()
     assert preempted == [2]
     assert (second.num_preemptions, scheduler.counters.preemptions) == (1, 1)
@@ -375,8 +375,8 @@ def test_prompt_scores_are_asked_for_once_in_chunks() -> None:
     assert batch.items[0].prompt_rows == range(3), "the last row would score what nobody gave"
     assert batch.items[1].prompt_rows == range(0)
     assert [item.needs_token for item in batch.items] == [False, True]
-    updates = scheduler.postprocess(batch, {SequenceId(2): 3})
-    assert updates[0] == SequenceUpdate(sequence=scored, token=None, finish_reason=FinishReason.LENGTH)
+    updates = scheduler.postprocess(batch, {SequenceId(2): [3]})
+    assert updates[0] == SequenceUpdate(sequence=scored, tokens=(), finish_reason=FinishReason.LENGTH)
     assert scored.output_ids == []
 
 
@@ -396,7 +396,7 @@ def test_a_recomputed_prompt_is_not_scored_again() -> None:
         batch = scheduler.schedule(0.0)
         for item in batch.items:
             scored += [item.start + row + 1 for row in item.prompt_rows]
-        scheduler.postprocess(batch, {i.sequence.seq_id: 7 for i in batch.items if i.needs_token})
+        scheduler.postprocess(batch, {i.sequence.seq_id: [7] for i in batch.items if i.needs_token})
     assert scheduler.counters.preemptions == 1
     assert scored == [1, 2, 3]
 
@@ -408,7 +408,7 @@ def test_status_follows_the_sequence() -> None:
     scheduler.add(followed)
     batch = scheduler.schedule(0.0)
     history.append(followed.status)
-    scheduler.postprocess(batch, {SequenceId(1): 1})
+    scheduler.postprocess(batch, {SequenceId(1): [1]})
     history.append(followed.status)
     assert history == [SequenceStatus.WAITING, SequenceStatus.RUNNING, SequenceStatus.FINISHED]
     assert followed.block_table == []

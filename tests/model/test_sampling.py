@@ -160,6 +160,18 @@ class TestRandomness:
             state.observe(tokens[-1])
         assert len(set(tokens)) > 3
 
+    def test_a_copy_that_has_seen_one_more_token_leaves_the_first_alone(self) -> None:
+        params = SamplingParams(seed=3, repetition_penalty=1.3, frequency_penalty=0.7)
+        state, ahead, expected = (SamplerState(params, [1, 2], output) for output in ([5], [5], [5, 6]))
+        copied = ahead.after(6)
+        for one_state, other in ((copied, expected), (ahead, state)):
+            row = logits(1)[0]
+            same_row = row.clone()
+            one_state.penalize(row)
+            other.penalize(same_row)
+            assert torch.equal(row, same_row)
+            assert (one_state.num_output, one_state.seed) == (other.num_output, other.seed)
+
     def test_each_output_token_gets_its_own_number(self) -> None:
         state = SamplerState(SamplingParams(seed=3), ())
         row, seen = torch.zeros(1, 1000), set()

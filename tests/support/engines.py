@@ -14,6 +14,7 @@ from actors.coordinator.engine_io import Failure, GenerationOutput, GenerationRe
 from actors.coordinator.forward_driver import Experts, ForwardDriver
 from cluster.ids import SequenceId
 from cluster.load import LoadCounter
+from cluster.prompt_lookup import PromptLookupConfig
 from cluster.scheduler import Scheduler, SchedulerConfig
 from cluster.sequence import FinishReason
 from model.dispatch import Answers, DispatchPlan
@@ -148,6 +149,7 @@ def make_engine(
     max_waiting_requests: int = 256,
     max_model_len: int = 512,
     eos_token_ids: Sequence[int] | None = None,
+    prompt_lookup: PromptLookupConfig | None = None,
 ) -> Engine:
     """An engine that does not run yet; blocks of 32 tokens."""
     config = model.backbone.config
@@ -158,6 +160,7 @@ def make_engine(
         max_waiting_requests=max_waiting_requests,
         max_waiting_tokens=1 << 16,
         max_model_len=max_model_len,
+        prompt_lookup=prompt_lookup,
     )
     kv = KVCache(config, num_blocks, 32)
     load = LoadCounter(config.num_layers, config.num_experts)

@@ -16,8 +16,11 @@ EOS = 3
 
 
 def next_token(tokens: Items[int], forbidden: frozenset[int] = frozenset()) -> int:
-    """A token that depends on all of `tokens` and their order, and is not forbidden."""
-    token = zlib.crc32(repr(list(tokens)).encode()) % VOCABULARY
+    """A token that depends on all of `tokens` and their order, and is not forbidden. It often repeats what it said."""
+    draw = zlib.crc32(repr(list(tokens)).encode())
+    token = draw % VOCABULARY
+    if tokens[-1] in tokens[:-1] and draw // VOCABULARY % 4:
+        token = tokens[len(tokens) - 1 - list(reversed(tokens[:-1])).index(tokens[-1])]
     while token in forbidden:
         token = (token + 1) % VOCABULARY
     return token
@@ -48,14 +51,25 @@ class PagedFakeModel:
             for offset, token in enumerate(item.token_ids):
                 self._cells[self._cell(item, item.start + offset)] = (item.sequence.seq_id, token)
 
-    def sample(self, batch: ScheduledBatch) -> dict[SequenceId, int]:
-        """The second half: read each sequence's whole context back, and choose its next token."""
-        tokens = {}
+    def sample(self, batch: ScheduledBatch) -> dict[SequenceId, list[int]]:
+        """The second half: read each sequence's whole context back, and choose its next token.
+
+        Where that is the first guess, the next but one is chosen too, and so on.
+        """
+        tokens: dict[SequenceId, list[int]] = {}
         for item in batch.items:
             context = [self._read(item, position) for position in range(item.stop)]
             if item.needs_token and not item.sequence.is_finished:
-                tokens[item.sequence.seq_id] = next_token(context, item.sequence.forbidden_ids())
+                tokens[item.sequence.seq_id] = self._sample(item, context)
         return tokens
+
+    def _sample(self, item: ScheduledSequence, context: list[int]) -> list[int]:
+        tokens: list[int] = []
+        while True:
+            seen = context[: item.known_stop + len(tokens)]
+            tokens.append(next_token(seen, item.sequence.forbidden_ids(len(tokens))))
+            if len(tokens) > item.num_draft or tokens[-1] != item.draft_ids[len(tokens) - 1]:
+                return tokens
 
     def _cell(self, item: ScheduledSequence, position: int) -> int:
         block = item.block_table[position // self._block_size]
