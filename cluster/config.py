@@ -47,6 +47,7 @@ _INT_LIMITS: Mapping[str, tuple[int, int]] = {
     "speculation_max_batch": (1, 4096),
     "expert_threads": (1, 1024),
     "coordinator_threads": (1, 1024),
+    "microbatches": (1, 8),
 }
 # Exclusive lower and inclusive upper limits, in seconds.
 _SECONDS_LIMITS: Mapping[str, tuple[float, float]] = {
@@ -83,8 +84,8 @@ class ClusterConfig:
 
     `model` is a checkpoint's directory. Sizes are in bytes, tokens or requests as named, times in seconds.
     None means "decide at start": `max_model_len` from the model, `kv_cache_bytes` and threads from the
-    machine, `expert_num_gpus` from the device (1 on CUDA, 0 on CPU), `served_model_name` from the directory's
-    name.
+    machine, `microbatches` from measured times, `expert_num_gpus` from the device (1 on CUDA, 0 on CPU),
+    `served_model_name` from the directory's name.
 
     `speculation` guesses what running sequences will say next, `speculation_tokens` at most per step, where the
     last `speculation_ngram_min` to `speculation_ngram_max` tokens stood before, while at most
@@ -123,6 +124,7 @@ class ClusterConfig:
     tls_ca: str | None = None
     expert_threads: int = 1
     coordinator_threads: int | None = None
+    microbatches: int | None = None
     expert_deadline_s: float = 60.0
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
@@ -216,7 +218,7 @@ def _parse(variable: str, text: str, hint: Any) -> Any:
 
 
 def _is_optional(name: str) -> bool:
-    return name in ("kv_cache_bytes", "max_model_len", "coordinator_threads") or (
+    return name in ("kv_cache_bytes", "max_model_len", "coordinator_threads", "microbatches") or (
         name in _TEXTS and name not in ("model", "bind_host", "namespace")
     )
 

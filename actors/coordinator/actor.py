@@ -28,6 +28,7 @@ from actors.map_wire import MapRefused, refused
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
 from cluster.load import LoadCounter
+from cluster.microbatching import MicrobatchChooser, MicrobatchPolicy
 from cluster.scheduler import Scheduler
 from protos.coordinator_pb2 import SnapshotReply
 from protos.expert_pb2 import STATUS_DRAINING, STATUS_INTERNAL, STATUS_INVALID, STATUS_OVERLOADED
@@ -162,7 +163,7 @@ class Coordinator:
     def _make_engine(self, model: LoadedModel, experts: RemoteExperts, service: CoordinatorService) -> Engine:
         load = LoadCounter(model.config.num_layers, model.config.num_experts)
         return Engine(
-            driver=ForwardDriver(model.backbone, model.kv, experts, load),
+            driver=ForwardDriver(model.backbone, model.kv, experts, load, _microbatches(self._config)),
             scheduler=Scheduler(model.scheduler_config, model.kv.num_blocks),
             eos_token_ids=model.eos_token_ids,
             sink=service.deliver,
@@ -201,3 +202,10 @@ class Coordinator:
     def _snapshot(self) -> SnapshotReply:
         retries = 0 if self._experts is None else self._experts.stats.retries
         return self._report.snapshot(self._model, self._engine, self._map_epoch(), retries)
+
+
+def _microbatches(config: ClusterConfig) -> MicrobatchChooser:
+    """As many as configured, else as many as turn out to be fastest."""
+    if config.microbatches is None:
+        return MicrobatchChooser()
+    return MicrobatchChooser(MicrobatchPolicy(choices=(config.microbatches,), min_tokens=config.microbatches))

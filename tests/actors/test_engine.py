@@ -143,6 +143,8 @@ async def alone(model: TinyModel) -> list[tuple[object, ...]]:
         {"max_num_seqs": 32, "chunk": 512},
         {"max_num_seqs": 32, "chunk": 64},
         {"max_num_seqs": 16, "chunk": 16},
+        {"max_num_seqs": 32, "chunk": 64, "microbatches": 2},
+        {"max_num_seqs": 32, "chunk": 128, "microbatches": 3},
     ],
     ids=str,
 )

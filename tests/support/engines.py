@@ -14,6 +14,7 @@ from actors.coordinator.engine_io import Failure, GenerationOutput, GenerationRe
 from actors.coordinator.forward_driver import Experts, ForwardDriver
 from cluster.ids import SequenceId
 from cluster.load import LoadCounter
+from cluster.microbatching import MicrobatchChooser, MicrobatchPolicy
 from cluster.prompt_lookup import PromptLookupConfig
 from cluster.scheduler import Scheduler, SchedulerConfig
 from cluster.sequence import FinishReason
@@ -149,6 +150,7 @@ def make_engine(
     max_waiting_requests: int = 256,
     max_model_len: int = 512,
     eos_token_ids: Sequence[int] | None = None,
+    microbatches: int | None = None,
     prompt_lookup: PromptLookupConfig | None = None,
 ) -> Engine:
     """An engine that does not run yet; blocks of 32 tokens."""
@@ -164,8 +166,10 @@ def make_engine(
     )
     kv = KVCache(config, num_blocks, 32)
     load = LoadCounter(config.num_layers, config.num_experts)
+    fixed = None if microbatches is None else MicrobatchPolicy(choices=(microbatches,), min_tokens=microbatches)
+    chooser = None if fixed is None else MicrobatchChooser(fixed)
     return Engine(
-        driver=ForwardDriver(model.backbone, kv, experts or model.experts, load),
+        driver=ForwardDriver(model.backbone, kv, experts or model.experts, load, chooser),
         scheduler=Scheduler(scheduler_config, num_blocks),
         eos_token_ids=config.eos_token_ids if eos_token_ids is None else eos_token_ids,
         sink=sink,
