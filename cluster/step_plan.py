@@ -5,7 +5,7 @@ blocks of all its known tokens when it is admitted, so only decodes ever grow; w
 latest arrival start over (preemption by recompute, as in vLLM, arXiv 2309.06180 §4.5). The latest arrival is
 never one that is already in the plan, and the earliest always gets what it needs, so every step advances
 someone. Guesses at what decodes will say come last of all: they get the tokens and blocks that nobody else
-wants in this step, and lend the blocks for this step only.
+wants in this step, and borrow the blocks for this step only.
 """
 
 from dataclasses import dataclass, field, replace
