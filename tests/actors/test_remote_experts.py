@@ -182,7 +182,7 @@ def real_plan(tokens: int, seed: int = 0) -> DispatchPlan:
     return dispatch(x_TD, torch.randn(tokens, EXPERTS, generator=generator), 2)
 
 
-@pytest.mark.parametrize("kernel", ["fp32", "fp16"])
+@pytest.mark.parametrize("kernel", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 1, 0, 2]]])
 def test_remote_equals_local_bit_for_bit(model: Path, kernel: str, groups: list[list[int]]) -> None:
     async def work() -> None:
