@@ -2,8 +2,11 @@
 
 Weights are rounded to 8 bits per output, rows to 8 bits (7 where the processor has no wide integer products)
 per row: a row's scale is its own, so that its result does not depend on its neighbours, as it would with torch's
-dynamic quantisation, which shares one scale among a batch. Sums are integers and exact. The relative error of a
-product is about 1e-2 (root mean square, normal weights and rows).
+dynamic quantisation, which shares one scale among a batch. Sums are integers and exact.
+
+The relative error (root mean square) of a product of normal weights and rows is 1.1e-2, with 7-bit rows 1.8e-2. Real
+rows have outliers: on English text an expert of the demo model is off by 3e-2 to 6e-2, most of it from rounding rows,
+and the model's next-token distribution by a KL divergence of 2e-2.
 
 Tensor suffixes: M rows of one call, I and O input and output width.
 """
