@@ -1,6 +1,4 @@
-"""The memory of a cluster on paper: experts in the kernel that was asked for, the backbone in one that loses nothing."""
-
-from pathlib import Path
+"""The memory of a cluster on paper: experts in the kernel asked for, the backbone in one that loses nothing."""
 
 import pytest
 import torch
