@@ -40,7 +40,7 @@ def serve(
     coordinators: Annotated[int, typer.Option(help="Coordinator actors.")] = 1,
     experts_per_actor: Annotated[int, typer.Option(help="Experts that share one actor.")] = 1,
     transport: Annotated[str, typer.Option(help="Rows to experts: auto, shm (same machine only) or grpc.")] = "auto",
-    kernel: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto, fp32, fp16; for experts only: bf16, int8, fp8.")] = "auto",
     microbatches: Annotated[int | None, typer.Option(help="Microbatches of a step; measured without it.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of a prompt and its answer.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences in one step.")] = 64,

@@ -16,7 +16,7 @@ from cluster.prompt_lookup import PromptLookupConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 Transport = Literal["auto", "shm", "grpc"]
-KernelName = Literal["auto", "fp32", "fp16", "bf16"]
+KernelName = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 Speculation = Literal["off", "prompt_lookup"]
 
 ATTENTION_TILE = 128
@@ -309,7 +309,8 @@ def _check_tls(config: ClusterConfig) -> None:
 def _check_devices(config: ClusterConfig) -> None:
     if config.experts_device == "cpu" and config.expert_num_gpus:
         raise ConfigError(f"expert_num_gpus is {config.expert_num_gpus}, but experts_device is cpu")
-    unfit = {"fp16": "cuda", "bf16": "cpu"}.get(config.kernel)
-    for name in ("device", "experts_device"):
+    unfit = {"fp16": "cuda", "int8": "cuda", "fp8": "cpu"}.get(config.kernel)
+    places = ("device", "experts_device") if config.kernel == "fp16" else ("experts_device",)  # others are for experts
+    for name in places:
         if unfit is not None and getattr(config, name) == unfit:
             raise ConfigError(f"kernel is {config.kernel}, which does not run on {name} {unfit}")

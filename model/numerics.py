@@ -22,7 +22,7 @@ _POOL_ROWS = 4
 _ALIGNMENT_BYTES = 64
 _CALL_COST_ROWS = 16  # reading the weights once costs about as much as the arithmetic of this many rows
 _ALWAYS_CALIBRATED = 32
-_CALIBRATION_FLOPS = 8e9
+_CALIBRATION_FLOPS = {"cpu": 8e9, "cuda": 8e12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,18 @@ class RowClass:
         return ".".join(map(str, self.buckets))
 
 
-def row_candidates(flops_per_row: float) -> tuple[int, ...]:
+def row_candidates(flops_per_row: float, device: torch.device | str = "cpu") -> tuple[int, ...]:
     """The row counts worth trying for a product of this size, so that calibration takes a fraction of a second.
 
-    Counts up to 32 are always tried; larger ones while all together stay under 8 GFLOP. A count left out only
-    means that more rows are cut into more calls.
+    Counts up to 32 are always tried; larger ones while all together stay under 8 GFLOP, on a GPU 8 TFLOP. A
+    count left out only means that more rows are cut into more calls.
     """
+    most = _CALIBRATION_FLOPS[torch.device(device).type]
     chosen: list[int] = []
     total = 0.0
     for rows in ROW_CANDIDATES:
         total += rows * len(_shifts(rows, _POOL_ROWS)) * flops_per_row
-        if rows > _ALWAYS_CALIBRATED and total > _CALIBRATION_FLOPS:
+        if rows > _ALWAYS_CALIBRATED and total > most:
             break
         chosen.append(rows)
     return tuple(chosen)

@@ -25,7 +25,7 @@ from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.dispatch import Answers, DispatchPlan, combine, dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts, OnTensor
-from model.kernels import PackedLinear, default_kernel, get_kernel, numerics_domain, self_test
+from model.kernels import PackedLinear, backbone_kernel, default_kernel, get_kernel, numerics_domain, self_test
 from model.kv_cache import KVCache
 from model.memory import release_freed_memory
 from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
@@ -127,8 +127,10 @@ class Backbone:
     ) -> "Backbone":
         """Read and pack tensor by tensor: memory peaks at the packed weights and one tensor in fp32.
 
-        `on_tensor(name, bytes held)` is called after each. Raises KernelError or CheckpointError.
+        `on_tensor(name, bytes held)` is called after each. A `kernel` that is for experts stands for the
+        checkpoint's default here. Raises KernelError or CheckpointError.
         """
+        kernel = backbone_kernel(kernel, checkpoint.dtype, device)
         self_test(kernel, device)
         return _BackboneLoader(checkpoint, kernel, torch.device(device), on_tensor).load()
 
@@ -255,7 +257,7 @@ class _BackboneLoader:
         outputs = 1 if linear is None else linear.out_features
         key = (role, width, outputs, None if linear is None else linear.kernel)
         if key not in self._calibrated:
-            candidates = row_candidates(2 * width * outputs)
+            candidates = row_candidates(2 * width * outputs, self._device)
             self._calibrated[key] = calibrate_rows(fn, width, candidates, device=self._device)
         return self._calibrated[key]
 

@@ -6,16 +6,14 @@ supervisor's work; where they go is decided in `cluster.placement`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from cluster.budget import ActorNeed, choose_kv_bytes, packed_bytes
+from cluster.budget import ActorNeed, PackedAs, choose_kv_bytes, packed_bytes
 from cluster.config import ClusterConfig, Device
 from cluster.desired import DesiredReplica, desired_replicas
 from cluster.ids import CoordinatorId
-from model.kernels import default_kernel
+from model.kernels import backbone_kernel, default_kernel
 from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert, Owner
-
-Packed = Literal["fp32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +114,15 @@ class Blueprint:
         checkpoint = self.checkpoint
         asked = self.config.kernel
         kernel = default_kernel(checkpoint.dtype, device) if asked == "auto" else asked
+        if COORDINATOR in owners:
+            kernel = backbone_kernel(kernel, checkpoint.dtype, device)
         stored = sum(checkpoint.owned_bytes(owner) for owner in owners)
         names = [tensor for owner in owners for tensor in checkpoint.names(owner)]
         elements = checkpoint.dtype.itemsize
         largest = max(checkpoint.nbytes(tensor) // elements * 4 for tensor in names)
         return ActorNeed(
             name=name,
-            weight_bytes=packed_bytes(stored, elements, cast(Packed, kernel)),
+            weight_bytes=packed_bytes(stored, elements, cast(PackedAs, kernel)),
             largest_tensor_bytes=largest,
             kv_bytes=kv_bytes,
             on_gpu=device == "cuda",

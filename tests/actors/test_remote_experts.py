@@ -185,7 +185,7 @@ def real_plan(tokens: int, seed: int = 0) -> DispatchPlan:
 
 
 @pytest.mark.parametrize("lane", [0, HIDDEN], ids=["grpc", "shm"])
-@pytest.mark.parametrize("kernel", ["fp32", "fp16"])
+@pytest.mark.parametrize("kernel", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[0, 2], [1, 3]], [[3, 1, 0, 2]]])
 def test_remote_equals_local_bit_for_bit(model: Path, lane: int, kernel: str, groups: list[list[int]]) -> None:
     async def work() -> None:

@@ -1,7 +1,5 @@
 """Memory is added up before anything starts."""
 
-from typing import Literal
-
 import pytest
 
 from cluster.budget import (
@@ -10,6 +8,7 @@ from cluster.budget import (
     PROCESS_BASE_BYTES,
     ActorNeed,
     BudgetError,
+    PackedAs,
     choose_kv_bytes,
     gigabytes,
     memory_budget,
@@ -53,11 +52,9 @@ def test_a_node_without_actors_fits() -> None:
 
 @pytest.mark.parametrize(
     ("stored", "element", "kernel", "packed"),
-    [(100, 2, "fp32", 200), (100, 4, "fp16", 50), (100, 2, "bf16", 100), (100, 4, "fp32", 100)],
+    [(100, 2, "fp32", 200), (100, 4, "fp16", 50), (100, 2, "bf16", 100), (100, 4, "fp32", 100), (100, 2, "int8", 50)],
 )
-def test_packing_changes_the_size(
-    stored: int, element: int, kernel: Literal["fp32", "fp16", "bf16"], packed: int
-) -> None:
+def test_packing_changes_the_size(stored: int, element: int, kernel: PackedAs, packed: int) -> None:
     assert packed_bytes(stored, element, kernel) == packed
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.kernels import KERNELS
 from model.numerics import same_bits
 from tests.support.checkpoints import write_dense_llama, write_mixtral
 from tests.support.paged import PagedModel, random_ids
@@ -23,6 +24,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16-window": {"dtype": torch.bfloat16, "sliding_window": 50, "experts": 8},
     "odd-fp16": {"dtype": torch.float16, "hidden": 72, "head_dim": 18, "ffn": 107, "kv_heads": 1, "top_k": 1},
+    "int8": {"dtype": torch.float16, "kernel": "int8", "experts": 8},
+    "odd-int8": {"kernel": "int8", "hidden": 72, "head_dim": 18, "ffn": 107, "kv_heads": 1, "top_k": 1},
+    "bf16": {"dtype": torch.bfloat16, "kernel": "bf16"},
     "odd-fp32": {"hidden": 72, "head_dim": 18, "ffn": 107, "kv_heads": 4, "top_k": 3},
 }
 
@@ -30,8 +34,12 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PagedModel:
     path = tmp_path_factory.mktemp(request.param)
-    write_mixtral(path, vocab=200, **KINDS[request.param])
-    return PagedModel(path, num_blocks=400)
+    kind = dict(KINDS[request.param])
+    kernel = kind.pop("kernel", None)
+    if kernel is not None and not KERNELS[kernel].usable(torch.device("cpu")):
+        pytest.skip(f"this CPU has no {kernel} arithmetic")
+    write_mixtral(path, vocab=200, **kind)
+    return PagedModel(path, kernel=kernel, num_blocks=400)
 
 
 def ids_of(length: int, seed: int) -> list[int]:
@@ -150,6 +158,7 @@ import sys
 import torch
 from pathlib import Path
 torch.set_num_threads(int(sys.argv[2]))
+from model.kernels import KERNELS
 from model.numerics import same_bits
 from tests.support.paged import PagedModel, random_ids
 model = PagedModel(Path(sys.argv[1]))

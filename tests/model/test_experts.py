@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.dispatch import dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts
-from model.kernels import KernelError
+from model.kernels import KERNELS, KernelError
 from model.numerics import same_bits
 from model.storage.checkpoint import Checkpoint, Expert
 from tests.support.checkpoints import write_dense_llama, write_mixtral
@@ -25,12 +25,18 @@ def status(field):
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 torch.set_num_threads(1)
-ExpertColumn.load(Checkpoint.open(sys.argv[1]), 0, range(1), "fp16", "cpu")
+kernel = sys.argv[3]
+ExpertColumn.load(Checkpoint.open(sys.argv[1]), 0, range(1), kernel, "cpu")
 checkpoint = Checkpoint.open(sys.argv[2])
 before = status("VmHWM:")
-column = ExpertColumn.load(checkpoint, 0, range(checkpoint.config.num_layers), "fp16", "cpu")
+column = ExpertColumn.load(checkpoint, 0, range(checkpoint.config.num_layers), kernel, "cpu")
 print(column.weight_bytes, status("VmHWM:") - before)
 """
+
+
+ROUNDING = {  # kernels that round, and the relative error of a whole FFN (root mean square)
+    name: error for name, error in {"int8": 0.05, "bf16": 0.01}.items() if KERNELS[name].usable(torch.device("cpu"))
+}
 
 
 def reference_ffn(checkpoint: Checkpoint, layer: int, expert: int, x_MD: Tensor) -> Tensor:
@@ -63,7 +69,19 @@ def test_a_column_computes_its_experts_swiglu(fp16_path: Path, kernel: str) -> N
         column.forward(0, x_MD)
 
 
-@pytest.mark.parametrize("kernel", ["fp16", "fp32"])
+@pytest.mark.parametrize("kernel", sorted(ROUNDING))
+def test_kernels_that_round_keep_to_their_stated_error(fp16_path: Path, kernel: str) -> None:
+    checkpoint = Checkpoint.open(fp16_path)
+    column = ExpertColumn.load(checkpoint, 2, range(3), kernel, "cpu")
+    x_MD = torch.randn(40, 72, generator=torch.Generator().manual_seed(1))
+    for layer in column.layers:
+        expected_MD = reference_ffn(checkpoint, layer, 2, x_MD)
+        error = (column.forward(layer, x_MD) - expected_MD).norm() / expected_MD.norm()
+        assert 1e-4 < error < ROUNDING[kernel]
+    assert column.kernel == kernel
+
+
+@pytest.mark.parametrize("kernel", ["fp16", "fp32", *sorted(ROUNDING)])
 def test_a_row_has_the_same_bits_in_any_company(fp16_path: Path, kernel: str) -> None:
     column = ExpertColumn.load(Checkpoint.open(fp16_path), 0, range(1), kernel, "cpu")
     x_MD = torch.randn(150, 72, generator=torch.Generator().manual_seed(2)) * 3
@@ -97,9 +115,17 @@ def test_progress_is_told_tensor_by_tensor(fp16_path: Path) -> None:
         Checkpoint.open(fp16_path), 3, range(2), "fp16", "cpu", lambda name, held: seen.append((name, held))
     )
     assert [name for name, _ in seen] == [
-        f"layers.{layer}.experts.3.{part}" for layer in range(2) for part in ("w1", "w2", "w3")
+        f"layers.{layer}.experts.3.{part}" for layer in range(2) for part in ("w1", "w3", "w2")
     ]
     assert sum(held for _, held in seen) == column.weight_bytes
+
+
+@pytest.mark.parametrize("kernel", sorted(ROUNDING))
+def test_a_kernel_that_fuses_reports_gate_and_up_together(fp16_path: Path, kernel: str) -> None:
+    seen: dict[str, int] = {}
+    column = ExpertColumn.load(Checkpoint.open(fp16_path), 3, range(1), kernel, "cpu", seen.__setitem__)
+    assert list(seen) == [f"layers.0.experts.3.{part}" for part in ("w1", "w3", "w2")]
+    assert sum(seen.values()) == column.weight_bytes
 
 
 def test_a_tensor_that_fp16_cannot_hold_falls_back_alone(tmp_path: Path) -> None:
@@ -123,6 +149,7 @@ def test_the_domain_of_replicas_is_equal_and_names_kernel_and_rows(fp16_path: Pa
     }
     assert len(domains) == 2
     assert all("ffn_rows=" in domain and "kernel=fp" in domain for domain in domains)
+    assert "kernel=int8/" in ExpertColumn.load(checkpoint, 0, range(1), "int8", "cpu").numerics_domain
 
 
 def test_columns_of_a_process_share_calibrations(fp16_path: Path) -> None:
@@ -154,11 +181,15 @@ def test_two_columns_of_one_expert_and_no_layers_are_refused(fp16_path: Path) ->
         ExpertColumn.load(checkpoint, 0, range(1), "fp8", "cpu")
 
 
-def test_loading_peaks_at_the_weights_and_one_fp32_tensor(tmp_path: Path, fp16_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["fp16", "int8", "bf16"])
+def test_loading_peaks_at_the_weights_and_one_fp32_tensor(tmp_path: Path, fp16_path: Path, kernel: str) -> None:
+    if kernel not in ROUNDING | {"fp16": 0}:
+        pytest.skip("this CPU has no bf16 arithmetic")
     write_dense_llama(tmp_path, layers=4, hidden=512, ffn=8192, vocab=16, dtype=torch.float16)
-    program = [sys.executable, "-c", PEAK_PROGRAM, str(fp16_path), str(tmp_path)]
+    program = [sys.executable, "-c", PEAK_PROGRAM, str(fp16_path), str(tmp_path), kernel]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     weight_bytes, grown_bytes = map(int, done.stdout.split())
-    assert weight_bytes == 4 * 3 * 512 * 8192 * 2
+    scale_bytes = 4 * (2 * 8192 + 512) * 4 if kernel == "int8" else 0
+    assert weight_bytes == 4 * 3 * 512 * 8192 * (1 if kernel == "int8" else 2) + scale_bytes
     one_tensor = 512 * 8192 * 4
     assert grown_bytes <= weight_bytes + one_tensor + (12 << 20), f"{grown_bytes} for {weight_bytes}"

@@ -110,6 +110,7 @@ def test_large_products_are_calibrated_on_fewer_rows() -> None:
     mixtral_ffn = row_candidates(6 * 4096 * 14336)
     assert mixtral_ffn[-1] == 32
     assert mixtral_ffn == ROW_CANDIDATES[: len(mixtral_ffn)]
+    assert row_candidates(6 * 4096 * 14336, "cuda") == ROW_CANDIDATES
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(112, 72), (64, 112), (576, 576), (8, 64)])

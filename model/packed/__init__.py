@@ -1,0 +1,1 @@
+"""How weights are held and multiplied: what a kernel is, and a file for each."""
