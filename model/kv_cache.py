@@ -24,8 +24,8 @@ def default_kv_dtype(device: torch.device | str) -> torch.dtype:
 class KVCache:
     """Keys and values of all layers, `num_blocks` blocks of `block_size` positions.
 
-    A slot is `block_id * block_size + offset`. Memory is not cleared: readers mask what was never written, so
-    the operating system gives pages only as blocks come into use.
+    A slot is `block_id * block_size + offset`. Memory is not cleared as a whole, so that the operating system
+    gives pages only as blocks come into use: who writes a block's first position clears what is not written yet.
     """
 
     def __init__(
@@ -66,12 +66,10 @@ class KVCache:
         """Values of a layer, shaped (G, num_blocks, block_size, head_dim)."""
         return self._layers[layer][self._num_kv_heads :]
 
-    def write(self, layer: int, slots_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
-        """Store one position per token."""
-        self.write_kv(layer, slots_T, torch.cat((k_TGd, v_TGd), dim=1))
-
-    def write_kv(self, layer: int, slots_T: Tensor, kv_TGd: Tensor) -> None:
-        """Store one position per token; keys and values are stacked along the head axis (2G)."""
+    def write(self, layer: int, slots_T: Tensor, kv_TGd: Tensor, cleared: Tensor | None = None) -> None:
+        """Store one position per token, keys and values stacked along the head axis (2G); zero `cleared` slots."""
         store = self._layers[layer]
         flat = store.view(store.shape[0], -1, store.shape[-1])
+        if cleared is not None:
+            flat.index_fill_(1, cleared, 0.0)
         flat.index_copy_(1, slots_T, kv_TGd.transpose(0, 1).to(self.dtype))

@@ -179,7 +179,7 @@ class Backbone:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         qkv_TXd = layer.qkv(h_TD).view(len(h_TD), heads + 2 * kv_heads, config.head_dim)
         apply_rope_(qkv_TXd[:, : heads + kv_heads], step.cos_T1d, step.sin_T1d)
-        step.kv.write_kv(index, step.attention.slots_T, qkv_TXd[:, heads:])
+        step.kv.write(index, step.attention.slots_T, qkv_TXd[:, heads:], step.attention.cleared)
         mixed_TX = self._attention.run(qkv_TXd[:, :heads], step.kv.kv(index), step.attention)
         h_TD = h_TD + layer.output(mixed_TX)
         attended_s = perf_counter()
