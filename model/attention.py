@@ -15,20 +15,57 @@ Tensor suffixes: T tokens, H query heads, P rows of the plan, G kv heads, h head
 job, Q query tokens of a sequence, R query rows per kv head (Q times h), S keys, d head_dim.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from model.attention_plan import AttentionPlan, AttentionShape, Job, Masks, plan_attention
+from model.attention_plan import Job, Masks, plan_attention
 from model.attention_probe import calibrate_attention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One piece of a job: `queries` (of the job's rows per head) against these keys and values, into `out_nGQhd`."""
+
+    queries: slice
+    k_nGSd: Tensor
+    v_nGSd: Tensor
+    mask: Tensor
+    out_nGQhd: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundJob:
+    """A job with the buffer that its keys and values (2G, blocks, block_size, d) are gathered into."""
+
+    rows: slice
+    sequences: int
+    blocks: Tensor
+    gathered: Tensor
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionStep:
+    """What all layers of one step share: an `AttentionPlan` bound to its buffers, of which `out_PX` is one."""
+
+    slots_T: Tensor
+    cleared: Tensor | None
+    gathered_P: Tensor | None
+    restored_T: Tensor | None
+    out_PX: Tensor
+    jobs: tuple[BoundJob, ...]
+
+
 class PagedAttention:
     """Attention of one model shape on one device; calibrated once, shared by all layers.
 
-    Buffers are reused from call to call: one thread at a time.
+    Buffers are reused from call to call: one thread at a time, and an answer holds until the next.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
@@ -43,52 +80,66 @@ class PagedAttention:
         """The classes of query tokens and keys, for a numerics domain."""
         return f"{self.shape.token_class}/{self.shape.key_class}"
 
-    def plan(self, batch: ForwardBatch, block_size: int) -> AttentionPlan:
-        """What all layers of one step share."""
-        return plan_attention(batch, block_size, self.shape, self._masks, self._device)
+    def plan(self, batch: ForwardBatch, block_size: int) -> AttentionStep:
+        """What all layers of one step share. ValueError where a block table is too short for its context."""
+        plan = plan_attention(batch, block_size, self.shape, self._masks, self._device)
+        shape = self.shape
+        out_PX = torch.empty(
+            plan.num_rows, shape.num_kv_heads * shape.heads_per_kv * shape.head_dim, device=self._device
+        )
+        most = max(len(job.blocks) for job in plan.jobs) * block_size * 2 * shape.num_kv_heads * shape.head_dim
+        if len(self._buffer) < most:
+            self._buffer = torch.empty(most, device=self._device)
+        jobs = tuple(self._bind(job, block_size, out_PX) for job in plan.jobs)
+        return AttentionStep(plan.slots_T, plan.cleared, plan.gathered_P, plan.restored_T, out_PX, jobs)
+
+    def _bind(self, job: Job, block_size: int, out_PX: Tensor) -> BoundJob:
+        shape, heads = self.shape, self.shape.heads_per_kv
+        stored = (2 * shape.num_kv_heads, len(job.blocks), block_size, shape.head_dim)
+        gathered = self._buffer[: math.prod(stored)].view(stored)
+        kv_2nGSd = gathered.view(2, shape.num_kv_heads, job.num_sequences, -1, shape.head_dim).transpose(1, 2)
+        answered = (job.num_sequences, job.num_tokens, shape.num_kv_heads, heads, shape.head_dim)
+        out_nGQhd = out_PX[job.rows].view(answered).transpose(1, 2)
+        calls = [
+            Call(
+                slice(piece.tokens.start * heads, piece.tokens.stop * heads),
+                kv_2nGSd[0, :, :, piece.keys],
+                kv_2nGSd[1, :, :, piece.keys],
+                piece.mask,
+                out_nGQhd[:, :, piece.tokens],
+            )
+            for piece in job.pieces
+        ]
+        return BoundJob(job.rows, job.num_sequences, job.blocks, gathered, tuple(calls))
 
     @torch.no_grad()
-    def run(self, q_THd: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
+    def run(self, q_THd: Tensor, kv: Tensor, step: AttentionStep) -> Tensor:
         """Answers (T, H*d) for rotated queries, over a layer's keys and values (2G, blocks, block_size, d).
 
-        The step's own keys and values must have been written already.
+        The step's own keys and values must have been written already. The answers are in a buffer of the step.
         """
-        q_PHd = q_THd if plan.gathered_P is None else q_THd.index_select(0, plan.gathered_P)
-        out_PX = torch.empty(plan.num_rows, q_THd.shape[1] * q_THd.shape[2], device=q_THd.device)
-        for job in plan.jobs:
-            self._answer(q_PHd[job.rows], kv, job, out_PX[job.rows])
-        return out_PX if plan.restored_T is None else out_PX.index_select(0, plan.restored_T)
+        q_PHd = q_THd if step.gathered_P is None else q_THd.index_select(0, step.gathered_P)
+        q_PGhd = q_PHd.view(len(q_PHd), self.shape.num_kv_heads, self.shape.heads_per_kv, self.shape.head_dim)
+        for job in step.jobs:
+            if kv.dtype == torch.float32:
+                torch.index_select(kv, 1, job.blocks, out=job.gathered)
+            else:
+                job.gathered.copy_(kv.index_select(1, job.blocks))
+            self._answer(q_PGhd[job.rows], job)
+        return step.out_PX if step.restored_T is None else step.out_PX.index_select(0, step.restored_T)
 
-    def _answer(self, q_PHd: Tensor, kv: Tensor, job: Job, out_PX: Tensor) -> None:
-        """One job: its keys and values gathered once, then a call per piece."""
-        shape = self.shape
-        heads = shape.heads_per_kv
-        grouped = (job.num_sequences, job.num_tokens, shape.num_kv_heads, heads, shape.head_dim)
-        out_nQGhd = out_PX.view(grouped)
-        q_nGRd = q_PHd.view(grouped).transpose(1, 2).reshape(job.num_sequences, shape.num_kv_heads, -1, shape.head_dim)
-        k_nGSd, v_nGSd = self._gather(kv, job)
-        for piece in job.pieces:
-            tokens, keys = piece.tokens, piece.keys
+    def _answer(self, q_PGhd: Tensor, job: BoundJob) -> None:
+        q_nGRd = q_PGhd
+        if len(q_PGhd) > job.sequences:
+            _, kv_heads, heads, width = q_PGhd.shape
+            q_nQGhd = q_PGhd.view(job.sequences, -1, kv_heads, heads, width)
+            q_nGRd = q_nQGhd.transpose(1, 2).reshape(job.sequences, kv_heads, -1, width)
+        for call in job.calls:
             answers_nGRd = scaled_dot_product_attention(
-                q_nGRd[:, :, tokens.start * heads : tokens.stop * heads],
-                k_nGSd[:, :, keys],
-                v_nGSd[:, :, keys],
-                attn_mask=piece.mask,
+                q_nGRd if len(job.calls) == 1 else q_nGRd[:, :, call.queries],
+                call.k_nGSd,
+                call.v_nGSd,
+                attn_mask=call.mask,
                 scale=self._scale,
             )
-            out_nQGhd[:, tokens].copy_(answers_nGRd.unflatten(2, (-1, heads)).transpose(1, 2))
-
-    def _gather(self, kv: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, G, S, d) of the job's blocks, in the buffer."""
-        heads, _, block_size, width = kv.shape
-        wanted = (heads, len(job.blocks), block_size, width)
-        size = heads * len(job.blocks) * block_size * width
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(size, device=self._device)
-        found = self._buffer[:size].view(wanted)
-        if kv.dtype == found.dtype:
-            torch.index_select(kv, 1, job.blocks, out=found)
-        else:
-            found.copy_(kv.index_select(1, job.blocks))
-        kv_2nGSd = found.view(2, heads // 2, job.num_sequences, -1, width).transpose(1, 2)
-        return kv_2nGSd[0], kv_2nGSd[1]
+            call.out_nGQhd.copy_(answers_nGRd.view(call.out_nGQhd.shape))

@@ -69,8 +69,8 @@ class Masks:
 
     def rows(self, firsts: Sequence[int], rows: int, keys: int) -> Tensor:
         """(n or 1, 1, rows, keys): per sequence the first query's position, counted from the first key's."""
-        if max(*firsts, keys) > self._reach:
-            self._grow(max(*firsts, keys))
+        if max(max(firsts), keys) > self._reach:
+            self._grow(max(max(firsts), keys))
         starts = [self._reach - first for first in firsts]
         if starts.count(starts[0]) == len(starts):
             return self._table[None, None, :rows, starts[0] : starts[0] + keys]
@@ -88,7 +88,10 @@ class Masks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """The same query tokens of every sequence of a job: one call. `keys` of the job's, `mask` (n or 1, 1, R, S)."""
+    """The same query tokens of every sequence of a job: one call.
+
+    `keys` are counted within the job's; `mask` is (n or 1, 1, R or 1, S).
+    """
 
     tokens: slice
     keys: slice
@@ -273,12 +276,10 @@ def _job(
 
 def _piece(members: Sequence[_Work], index: int, tokens: slice, shape: AttentionShape, masks: Masks) -> Piece:
     """From the first key that any member's queries see, at a multiple of 512, to the last, padded."""
-    firsts = [work.first + tokens.start for work in members]
-    start = min(_base(first, shape.window) - work.base for first, work in zip(firsts, members, strict=True))
-    stop = max(
-        first + work.counts[index] - work.base for first, work in zip(firsts, members, strict=True)
-    )
-    keys = shape.key_length(stop - start)
-    positions = [first - work.base - start for first, work in zip(firsts, members, strict=True)]
-    mask = masks.rows(positions, (tokens.stop - tokens.start) * shape.heads_per_kv, keys)
+    start = min(_base(work.first + tokens.start, shape.window) - work.base for work in members)
+    positions = [work.first + tokens.start - work.base - start for work in members]
+    stop = max(position + work.counts[index] for position, work in zip(positions, members, strict=True))
+    keys = shape.key_length(stop)
+    count = tokens.stop - tokens.start
+    mask = masks.rows(positions, 1 if count == 1 else count * shape.heads_per_kv, keys)
     return Piece(tokens, slice(start, start + keys), mask)

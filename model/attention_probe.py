@@ -72,9 +72,7 @@ class _Probe:
 
     def key_class(self, token_class: RowClass) -> RowClass:
         """Numbers of keys that answer as a whole span does of which the rest is masked."""
-        agreeing = [
-            keys for keys in _KEYS if all(self._keys_agree(keys, tokens) for tokens in token_class.buckets)
-        ]
+        agreeing = [keys for keys in _KEYS if all(self._keys_agree(keys, tokens) for tokens in token_class.buckets)]
         return RowClass((*agreeing, KEY_SPAN))
 
     def batch_class(self, token_class: RowClass, keys: int) -> RowClass:
@@ -120,4 +118,5 @@ class _Probe:
         mask[..., :hidden] = -torch.inf
         mask[..., keys if seen is None else seen :] = -torch.inf
         answers_nGRd = scaled_dot_product_attention(q_nGRd, kv[0], kv[1], attn_mask=mask, scale=self._width**-0.5)
-        return answers_nGRd.unflatten(2, (tokens, -1)).transpose(1, 2).flatten(2)
+        answers_nGQhd = answers_nGRd.view(sequences, -1, tokens, self._heads, self._width)
+        return answers_nGQhd.transpose(1, 2).flatten(2)

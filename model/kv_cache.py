@@ -67,9 +67,16 @@ class KVCache:
         return self._layers[layer][self._num_kv_heads :]
 
     def write(self, layer: int, slots_T: Tensor, kv_TGd: Tensor, cleared: Tensor | None = None) -> None:
-        """Store one position per token, keys and values stacked along the head axis (2G); zero `cleared` slots."""
-        store = self._layers[layer]
-        flat = store.view(store.shape[0], -1, store.shape[-1])
-        if cleared is not None:
-            flat.index_fill_(1, cleared, 0.0)
-        flat.index_copy_(1, slots_T, kv_TGd.transpose(0, 1).to(self.dtype))
+        """`write_kv` to a layer."""
+        write_kv(self._layers[layer], slots_T, kv_TGd, cleared)
+
+
+def write_kv(kv: Tensor, slots_T: Tensor, kv_TGd: Tensor, cleared: Tensor | None = None) -> None:
+    """Store one position per token in a layer's `KVCache.kv`; zero the slots `cleared`.
+
+    Keys and values of a token are stacked along the head axis (2G).
+    """
+    flat = kv.view(kv.shape[0], -1, kv.shape[-1])
+    if cleared is not None:
+        flat.index_fill_(1, cleared, 0.0)
+    flat.index_copy_(1, slots_T, kv_TGd.transpose(0, 1).to(kv.dtype))

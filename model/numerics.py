@@ -9,6 +9,7 @@ owners.
 Tensor suffixes: M rows of one call, I and O input and output width, P rows of the calibration pool.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class RowClass:
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows`, or the largest bucket when none does."""
-        return next((bucket for bucket in self.buckets if bucket >= rows), self.buckets[-1])
+        return self.buckets[min(bisect_left(self.buckets, rows), len(self.buckets) - 1)]
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Cut `rows` into `(start, rows of the piece, bucket to pad it to)`."""
