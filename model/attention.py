@@ -112,7 +112,6 @@ class PagedAttention:
         ]
         return BoundJob(job.rows, job.num_sequences, job.blocks, gathered, tuple(calls))
 
-    @torch.no_grad()
     def run(self, q_THd: Tensor, kv: Tensor, step: AttentionStep) -> Tensor:
         """Answers (T, H*d) for rotated queries, over a layer's keys and values (2G, blocks, block_size, d).
 

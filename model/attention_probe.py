@@ -7,6 +7,8 @@ Tensor suffixes: n sequences, Q query tokens of a sequence, G kv heads, h query 
 head_dim, X = h times d, M rows of one call.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,14 +25,18 @@ _SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16)
 _BATCH_KEYS = 64
 _POOL = 2
 
+Attend = Callable[..., Tensor]  # called as torch's scaled_dot_product_attention
+
 
 @torch.no_grad()
-def calibrate_attention(config: ModelConfig, device: torch.device) -> AttentionShape:
+def calibrate_attention(
+    config: ModelConfig, device: torch.device, attend: Attend = scaled_dot_product_attention
+) -> AttentionShape:
     """The numbers of query tokens, keys and sequences that agree bit for bit on this machine and thread count.
 
     Raises KernelError where, on a CPU, keys that are masked change a result however they are cut.
     """
-    probe = _Probe(config, device)
+    probe = _Probe(config, device, attend)
     if device.type == "cpu" and not probe.spans_agree():
         raise KernelError("fused attention rounds by what is masked on this machine, so exact numbers cannot be kept")
     token_class = probe.token_class()
@@ -49,7 +55,8 @@ def calibrate_attention(config: ModelConfig, device: torch.device) -> AttentionS
 class _Probe:
     """Random queries, keys and values of a model's shape; every kv head gets the same queries."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, attend: Attend) -> None:
+        self._attend = attend
         generator = torch.Generator().manual_seed(2)
         self._heads = config.num_heads // config.num_kv_heads
         self._width = config.head_dim
@@ -117,6 +124,6 @@ class _Probe:
         mask = torch.zeros(1, 1, 1, keys, device=self._device)
         mask[..., :hidden] = -torch.inf
         mask[..., keys if seen is None else seen :] = -torch.inf
-        answers_nGRd = scaled_dot_product_attention(q_nGRd, kv[0], kv[1], attn_mask=mask, scale=self._width**-0.5)
+        answers_nGRd = self._attend(q_nGRd, kv[0], kv[1], attn_mask=mask, scale=self._width**-0.5)
         answers_nGQhd = answers_nGRd.view(sequences, -1, tokens, self._heads, self._width)
         return answers_nGQhd.transpose(1, 2).flatten(2)

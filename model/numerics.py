@@ -162,9 +162,7 @@ def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:
 def _padded(x_MI: Tensor, bucket: int) -> Tensor:
     if len(x_MI) == bucket:
         return _aligned(x_MI)
-    padded = x_MI.new_zeros(bucket, *x_MI.shape[1:])
-    padded[: len(x_MI)] = x_MI
-    return padded
+    return torch.nn.functional.pad(x_MI, (0, 0, 0, bucket - len(x_MI)))
 
 
 def _aligned(x_MI: Tensor) -> Tensor:

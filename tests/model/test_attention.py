@@ -208,6 +208,9 @@ def test_the_cache_stores_keys_and_values_where_it_is_told() -> None:
     kv.write(0, torch.tensor([9, 2]), torch.cat((k, v), dim=1))
     assert torch.equal(kv.k(0)[:, 2, 1], k[0].to(torch.bfloat16))
     assert torch.equal(kv.v(0)[:, 0, 2], v[1].to(torch.bfloat16))
+    kv.write(0, torch.tensor([8]), torch.cat((k, v), dim=1)[:1], cleared=torch.tensor([9, 10]))
+    assert torch.equal(kv.k(0)[:, 2, 0], k[0].to(torch.bfloat16))
+    assert not kv.kv(0)[:, 2, 1:3].any()
     assert kv.k(0).shape == kv.v(0).shape == (2, 3, 4, 16)
     assert kv.nbytes == 3 * block_bytes(shape, 4, torch.bfloat16) == 3 * 4 * 2 * 2 * 16 * 2
     assert kv.num_layers == 1
