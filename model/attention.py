@@ -41,7 +41,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BoundJob:
-    """A job with the buffer that its keys and values (2G, blocks, block_size, d) are gathered into."""
+    """A job with the buffer that its keys and values (blocks, block_size, 2G, d) are gathered into."""
 
     rows: slice
     sequences: int
@@ -95,16 +95,17 @@ class PagedAttention:
 
     def _bind(self, job: Job, block_size: int, out_PX: Tensor) -> BoundJob:
         shape, heads = self.shape, self.shape.heads_per_kv
-        stored = (2 * shape.num_kv_heads, len(job.blocks), block_size, shape.head_dim)
+        stored = (len(job.blocks), block_size, 2 * shape.num_kv_heads, shape.head_dim)
         gathered = self._buffer[: math.prod(stored)].view(stored)
-        kv_2nGSd = gathered.view(2, shape.num_kv_heads, job.num_sequences, -1, shape.head_dim).transpose(1, 2)
+        kv_nS2Gd = gathered.view(job.num_sequences, -1, 2, shape.num_kv_heads, shape.head_dim)
+        k_nGSd, v_nGSd = kv_nS2Gd[:, :, 0].transpose(1, 2), kv_nS2Gd[:, :, 1].transpose(1, 2)
         answered = (job.num_sequences, job.num_tokens, shape.num_kv_heads, heads, shape.head_dim)
         out_nGQhd = out_PX[job.rows].view(answered).transpose(1, 2)
         calls = [
             Call(
                 slice(piece.tokens.start * heads, piece.tokens.stop * heads),
-                kv_2nGSd[0, :, :, piece.keys],
-                kv_2nGSd[1, :, :, piece.keys],
+                k_nGSd[:, :, piece.keys],
+                v_nGSd[:, :, piece.keys],
                 piece.mask,
                 out_nGQhd[:, :, piece.tokens],
             )
@@ -113,7 +114,7 @@ class PagedAttention:
         return BoundJob(job.rows, job.num_sequences, job.blocks, gathered, tuple(calls))
 
     def run(self, q_THd: Tensor, kv: Tensor, step: AttentionStep) -> Tensor:
-        """Answers (T, H*d) for rotated queries, over a layer's keys and values (2G, blocks, block_size, d).
+        """Answers (T, H*d) for rotated queries, over a layer's keys and values (blocks, block_size, 2G, d).
 
         The step's own keys and values must have been written already. The answers are in a buffer of the step.
         """
@@ -121,9 +122,9 @@ class PagedAttention:
         q_PGhd = q_PHd.view(len(q_PHd), self.shape.num_kv_heads, self.shape.heads_per_kv, self.shape.head_dim)
         for job in step.jobs:
             if kv.dtype == torch.float32:
-                torch.index_select(kv, 1, job.blocks, out=job.gathered)
+                torch.index_select(kv, 0, job.blocks, out=job.gathered)
             else:
-                job.gathered.copy_(kv.index_select(1, job.blocks))
+                job.gathered.copy_(kv.index_select(0, job.blocks))
             self._answer(q_PGhd[job.rows], job)
         return step.out_PX if step.restored_T is None else step.out_PX.index_select(0, step.restored_T)
 
