@@ -145,7 +145,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:
     """`fn` over all rows of x_MI, calling it with row counts of `row_class` only. Returns x_MO.
 
-    Padding rows are zeros and are cut off again. Inputs are handed over contiguous and 64-byte aligned,
+    Padding rows are cut off again. Inputs are handed over contiguous and 64-byte aligned,
     because alignment, too, may choose a library's inner loop.
     """
     rows = len(x_MI)
@@ -162,6 +162,8 @@ def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:
 def _padded(x_MI: Tensor, bucket: int) -> Tensor:
     if len(x_MI) == bucket:
         return _aligned(x_MI)
+    if len(x_MI) == 1:  # in one copy: the commonest case, a decode of one sequence
+        return x_MI.expand(bucket, *x_MI.shape[1:]).contiguous()
     return torch.nn.functional.pad(x_MI, (0, 0, 0, bucket - len(x_MI)))
 
 

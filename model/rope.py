@@ -121,6 +121,5 @@ def apply_rope_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
 
 
 def _rotate_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    half = x_THd.shape[-1] // 2
-    swapped_THd = torch.cat((x_THd[..., half:], x_THd[..., :half]), dim=-1)
+    swapped_THd = x_THd.roll(x_THd.shape[-1] // 2, -1)
     return x_THd.mul_(cos_T1d).add_(swapped_THd.mul_(sin_T1d))
