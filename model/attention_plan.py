@@ -1,17 +1,17 @@
-"""Which keys each query of a step reads: the step's attention cut into equal tiles, once for all layers.
+"""Which keys each query of a step reads: the step's attention cut into few equal calls, once for all layers.
 
 A plan is made of positions and block tables only. Reading keys and values and the arithmetic are
 `model.attention`'s work.
 
-Keys are read in tiles of 128 positions, and tiles are grouped in bands of 16, both counted from position 0
-and so the same for every query of a sequence. A tile or band that holds nothing for a query changes no bit
-of its result, which is why decode and prefill in chunks of any size agree exactly.
+New tokens are cut into pieces of calibrated token counts, keys into calibrated lengths counted from a multiple
+of 512. Sequences whose pieces are alike and whose keys are about equally many share a call. Keys that a query
+must not see are masked, and change no bit of its result: so decode and prefill in chunks of any size agree.
 
-Tensor suffixes: T tokens, C (sequence, tile) items of one chunk, Q query tokens per sequence, R query rows
-per kv head (Q times heads per kv head, padded), S key positions of a tile.
+Tensor suffixes: T tokens, P rows of the plan (tokens, padded and in the order of the jobs), n sequences of a
+job, Q query tokens of a piece, R query rows (Q times heads per kv head), S keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,223 +20,266 @@ from torch import Tensor
 from model.batch import ForwardBatch, SequenceSlice
 from model.numerics import RowClass
 
-TILE = 128
-BAND_TILES = 16
-MAX_QUERY_TOKENS = 128
-_CHUNK_BYTES = 2 << 20
+LARGEST_BLOCK = 128
+KEY_SPAN = 512
+CHUNK_BYTES = 1 << 20  # keys and values read by one call: they should still be in the cache when used
+_WASTE_BYTES = 1 << 17  # padding of one sequence's keys and values that is cheaper than a call of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What a plan must know of the model and of the calibrated kernels.
+    """What a plan must know of the model and of the calibrated kernel.
 
-    `batch_classes` gives, for each row bucket of `row_class`, how many items may be computed in one call.
+    A call may have the query tokens per sequence of `token_class`, the sequences of `batch_class` (which holds
+    1), and as many keys as whole spans of 512 and one of `key_class` (which holds 512) make together.
     """
 
     head_dim: int
     num_kv_heads: int
     heads_per_kv: int
     window: int | None
-    row_class: RowClass
-    batch_classes: Mapping[int, RowClass]
+    token_class: RowClass
+    key_class: RowClass
+    batch_class: RowClass
+
+    @property
+    def key_bytes(self) -> int:
+        """fp32 keys and values of one position."""
+        return 2 * 4 * self.num_kv_heads * self.head_dim
+
+    def key_length(self, keys: int) -> int:
+        """The smallest allowed number of keys that holds `keys`."""
+        spans, rest = divmod(keys, KEY_SPAN)
+        return spans * KEY_SPAN + (self.key_class.bucket(rest) if rest else 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
-    """Items computed in one call.
+class Masks:
+    """What is added to scores: 0 where a query sees a key, -inf where not; views of one table, grown as needed.
 
-    `queries_C` says whose queries, None where the items are the job's sequences one by one; `blocks` says which
-    KV blocks. Both are padded to a batch size of the row bucket's class; `count` items are real.
-
-    `hidden` (C, 1 or R, S) is what a query must not see, None where nothing is hidden. `unseen` lists the
-    positions, counted over the chunk (item * S + position), that no query of their item sees: their values
-    may be anything, NaN included.
+    Row r belongs to query token r // heads, column x to the key at distance x - reach from the first token's.
     """
 
-    count: int
-    queries_C: Tensor | None
-    blocks: Tensor
-    hidden: Tensor | None
-    unseen: Tensor | None
+    def __init__(self, shape: AttentionShape, device: torch.device | str) -> None:
+        self._rows = shape.token_class.buckets[-1] * shape.heads_per_kv
+        self._heads = shape.heads_per_kv
+        self._window = shape.window
+        self._device = device
+        self._reach = 0
+        self._table = torch.empty(0, device=device)
+
+    def rows(self, firsts: Sequence[int], rows: int, keys: int) -> Tensor:
+        """(n or 1, 1, rows, keys): per sequence the first query's position, counted from the first key's."""
+        if max(max(firsts), keys) > self._reach:
+            self._grow(max(max(firsts), keys))
+        starts = [self._reach - first for first in firsts]
+        if starts.count(starts[0]) == len(starts):
+            return self._table[None, None, :rows, starts[0] : starts[0] + keys]
+        return torch.stack([self._table[None, :rows, start : start + keys] for start in starts])
+
+    def _grow(self, reach: int) -> None:
+        self._reach = -(-reach // KEY_SPAN) * KEY_SPAN
+        distance = torch.arange(2 * self._reach) - self._reach
+        token = (torch.arange(self._rows) // self._heads).unsqueeze(1)
+        hidden = distance > token
+        if self._window is not None:
+            hidden |= distance <= token - self._window
+        self._table = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(self._device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Band:
-    """Up to 16 tiles per sequence, tile by tile: tile i is that of the job's first `counts[i]` sequences."""
+class Piece:
+    """The same query tokens of every sequence of a job: one call.
 
-    chunks: tuple[Chunk, ...]
-    counts: tuple[int, ...]
-    queries: Tensor  # of every item: the sequence within the job
+    `keys` are counted within the job's; `mask` is (n or 1, 1, R or 1, S).
+    """
+
+    tokens: slice
+    keys: slice
+    mask: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """Equally many query tokens of several sequences: all decodes, or one block of one prefill."""
+    """Sequences with like pieces. Rows `rows` of the plan are theirs: `num_tokens` each, one sequence after another.
 
-    token_rows: Tensor | slice  # of the step
+    `blocks` are the KV blocks to read, equally many per sequence.
+    """
+
+    rows: slice
     num_sequences: int
-    query_tokens: int
-    row_bucket: int
-    bands: tuple[Band, ...]
+    num_tokens: int
+    blocks: Tensor
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
-    """Where this step's keys and values are written, and the jobs that answer its queries."""
+    """Where this step's keys and values are written, and the jobs that answer its queries.
+
+    `slots_T` are the KV slots of the tokens; `cleared`, where there are any, those to be zeroed: what follows the
+    last token in a block that is written for the first time. Row p of the plan is token `gathered_P[p]` of the
+    step, and token t's answer is row `restored_T[t]`; None where both orders are the same.
+    """
 
     slots_T: Tensor
+    cleared: Tensor | None
+    gathered_P: Tensor | None
+    restored_T: Tensor | None
+    num_rows: int
     jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Queries:
-    """Consecutive query tokens of one sequence, from row `row` of the step and position `first`."""
+class _Work:
+    """One sequence's queries: tokens from row `row` of the step and position `first` on, keys from `base` on."""
 
     row: int
     first: int
-    count: int
-    table: tuple[int, ...]
-
-    @property
-    def last(self) -> int:
-        return self.first + self.count - 1
+    counts: tuple[int, ...]  # tokens of each piece
+    base: int
+    keys: int  # as many as are read, counted from `base`
+    blocks: tuple[int, ...]  # from `base` to the last token
 
 
 def plan_attention(
-    batch: ForwardBatch, block_size: int, shape: AttentionShape, device: torch.device | str
+    batch: ForwardBatch, block_size: int, shape: AttentionShape, masks: Masks, device: torch.device | str
 ) -> AttentionPlan:
     """Slots and jobs of one step. ValueError where a block table is too short for its context."""
-    if TILE % block_size:
-        raise ValueError(f"block_size must divide {TILE}, got {block_size}")
-    slots: list[Tensor] = []
-    decodes: list[_Queries] = []
-    prefills: list[_Queries] = []
-    max_tokens = max(1, min(MAX_QUERY_TOKENS, shape.row_class.buckets[-1] // shape.heads_per_kv))
+    if LARGEST_BLOCK % block_size:
+        raise ValueError(f"block_size must divide {LARGEST_BLOCK}, got {block_size}")
+    slots: list[int] = []
+    cleared: list[int] = []
+    groups: dict[tuple[int, ...], list[_Work]] = {}
     row = 0
     for item in batch.sequences:
-        slots.append(_slots(item, block_size))
-        if item.num_tokens == 1:
-            decodes.append(_Queries(row, item.start, 1, item.block_table))
-        else:
-            prefills += [
-                _Queries(row + at, item.start + at, min(max_tokens, item.num_tokens - at), item.block_table)
-                for at in range(0, item.num_tokens, max_tokens)
-            ]
+        _check_table(item, block_size)
+        slots += _slots(item, block_size)
+        cleared += _cleared(item, block_size)
+        work = _work(item, row, block_size, shape)
+        groups.setdefault(tuple(map(shape.token_class.bucket, work.counts)), []).append(work)
         row += item.num_tokens
-    groups = ([decodes] if decodes else []) + [[queries] for queries in prefills]
-    jobs = tuple(_job(group, block_size, shape, device) for group in groups)
-    return AttentionPlan(torch.cat(slots).to(device), jobs)
+    rows = _Rows()
+    jobs = [
+        _job(members, buckets, rows, block_size, shape, masks, device)
+        for buckets, group in groups.items()
+        for members in _shared(group, shape)
+    ]
+    gathered_P, restored_T = rows.orders(device)
+    return AttentionPlan(
+        torch.tensor(slots, device=device),
+        torch.tensor(cleared, device=device) if cleared else None,
+        gathered_P,
+        restored_T,
+        len(rows.tokens),
+        tuple(jobs),
+    )
 
 
-def _slots(item: SequenceSlice, block_size: int) -> Tensor:
+def _check_table(item: SequenceSlice, block_size: int) -> None:
     if len(item.block_table) * block_size < item.context_len:
         raise ValueError(
             f"a context of {item.context_len} needs more than {len(item.block_table)} blocks of {block_size}"
         )
-    positions = torch.arange(item.start, item.context_len)
-    return torch.tensor(item.block_table)[positions // block_size] * block_size + positions % block_size
 
 
-def _job(group: Sequence[_Queries], block_size: int, shape: AttentionShape, device: torch.device | str) -> Job:
-    base = [_first_tile(queries, shape.window) for queries in group]
-    tiles = [queries.last // TILE + 1 - start for queries, start in zip(group, base, strict=True)]
-    order = sorted(range(len(group)), key=lambda index: -tiles[index])
-    group = [group[index] for index in order]
-    tiles = [tiles[index] for index in order]
-    builder = _BandBuilder(group, [base[index] for index in order], block_size, shape, device)
-    bands = [builder.band(start, tiles) for start in range(0, tiles[0], BAND_TILES)]
-    query_tokens = group[0].count
-    rows = [queries.row + at for queries in group for at in range(query_tokens)]
-    adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
-    token_rows = slice(rows[0], rows[0] + len(rows)) if adjacent else torch.tensor(rows, device=device)
-    return Job(token_rows, len(group), query_tokens, builder.row_bucket, tuple(bands))
+def _slots(item: SequenceSlice, block_size: int) -> list[int]:
+    table = item.block_table
+    return [
+        table[position // block_size] * block_size + position % block_size
+        for position in range(item.start, item.context_len)
+    ]
 
 
-def _first_tile(queries: _Queries, window: int | None) -> int:
-    """The first tile of the band that holds the earliest key that any of these queries sees."""
-    if window is None:
-        return 0
-    return max(0, queries.first - window + 1) // (TILE * BAND_TILES) * BAND_TILES
+def _cleared(item: SequenceSlice, block_size: int) -> range:
+    """Slots behind the last token, if its block is written from its beginning in this step."""
+    index, used = divmod(item.context_len - 1, block_size)
+    if item.start > index * block_size:
+        return range(0)
+    at = item.block_table[index] * block_size
+    return range(at + used + 1, at + block_size)
 
 
-class _BandBuilder:
-    """Turns the tiles of a job's sequences (longest first) into bands of chunks."""
+def _work(item: SequenceSlice, row: int, block_size: int, shape: AttentionShape) -> _Work:
+    longest = shape.token_class.buckets[-1]
+    whole, rest = divmod(item.num_tokens, longest)
+    counts = (longest,) * whole + ((rest,) if rest else ())
+    base = _base(item.start, shape.window)
+    blocks = item.block_table[base // block_size : (item.context_len - 1) // block_size + 1]
+    return _Work(row, item.start, counts, base, shape.key_length(item.context_len - base), blocks)
 
-    def __init__(
-        self,
-        group: Sequence[_Queries],
-        base: Sequence[int],
-        block_size: int,
-        shape: AttentionShape,
-        device: torch.device | str,
-    ) -> None:
-        self._shape = shape
-        self._device = device
-        self._query_tokens = group[0].count
-        self.row_bucket = shape.row_class.bucket(self._query_tokens * shape.heads_per_kv)
-        self._batch_class = _within(shape, self.row_bucket)
-        self._base = torch.tensor(base)
-        self._first = torch.tensor([queries.first for queries in group])
-        self._last = torch.tensor([queries.last for queries in group])
-        per_tile = TILE // block_size
-        width = (max(queries.last for queries in group) // TILE + 1) * per_tile
-        padded = [list(queries.table[:width]) + [0] * (width - len(queries.table)) for queries in group]
-        self._blocks = torch.tensor(padded).view(len(group), -1, per_tile)
 
-    def band(self, start: int, tiles: Sequence[int]) -> Band:
-        """The band from relative tile `start` on; `tiles` are the sequences' tile counts, descending."""
-        counts = [sum(tile > start + at for tile in tiles) for at in range(BAND_TILES)]
-        counts = [count for count in counts if count]
-        sequence = torch.cat([torch.arange(count) for count in counts])
-        at = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        tile = self._base[sequence] + start + at
-        chunks = [
-            self._chunk(sequence[part : part + count], tile[part : part + count], bucket)
-            for part, count, bucket in self._batch_class.pieces(len(sequence))
-        ]
-        return Band(tuple(chunks), tuple(counts), sequence.to(self._device))
+def _base(first: int, window: int | None) -> int:
+    """The start of the span that holds the earliest key that a query at `first`, or any later one, sees."""
+    return 0 if window is None else max(0, first - window + 1) // KEY_SPAN * KEY_SPAN
 
-    def _chunk(self, sequence_C: Tensor, tile_C: Tensor, bucket: int) -> Chunk:
-        count = len(sequence_C)
-        filler = (0, bucket - count)  # repeats sequence 0 and tile 0; the answers are dropped
-        sequence_C = torch.nn.functional.pad(sequence_C, filler)
-        tile_C = torch.nn.functional.pad(tile_C, filler)
-        hidden, unseen = self._masks(self._first[sequence_C], self._last[sequence_C], tile_C)
-        blocks = self._blocks[sequence_C, tile_C].reshape(-1)
-        one_each = sequence_C.tolist() == list(range(len(self._first)))
-        queries_C = None if one_each else sequence_C.to(self._device)
-        return Chunk(count, queries_C, blocks.to(self._device), hidden, unseen)
 
-    def _masks(self, first_C: Tensor, last_C: Tensor, tile_C: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """`hidden` and `unseen` of a chunk whose query positions are first..last."""
-        window = self._shape.window
-        begins_C, ends_C = tile_C * TILE, tile_C * TILE + TILE - 1
-        whole_C = ends_C <= first_C
-        if window is not None:
-            whole_C &= begins_C > last_C - window
-        if bool(whole_C.all()):
+def _shared(group: list[_Work], shape: AttentionShape) -> Iterator[list[_Work]]:
+    """Cut works with like pieces into those of one job each, longest first."""
+    group = sorted(group, key=lambda work: -work.keys)
+    while group:
+        keys = group[0].keys
+        most = min(len(group), CHUNK_BYTES // (keys * shape.key_bytes))
+        alike = next((at for at in range(1, most) if _wasteful(keys - group[at].keys, shape)), max(1, most))
+        size = max(size for size in shape.batch_class.buckets if size <= alike)
+        yield group[:size]
+        group = group[size:]
+
+
+def _wasteful(padding: int, shape: AttentionShape) -> bool:
+    return padding * shape.key_bytes > _WASTE_BYTES
+
+
+class _Rows:
+    """The plan's rows, as they are handed out to jobs."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._row_of: dict[int, int] = {}
+
+    def take(self, members: Sequence[_Work], buckets: Sequence[int]) -> slice:
+        """The members' tokens, one member after another; the last piece is padded with tokens that count twice."""
+        start = len(self.tokens)
+        for work in members:
+            padding = sum(buckets) - sum(work.counts)
+            tokens = range(work.row, work.row + sum(work.counts))
+            self._row_of.update(zip(tokens, range(len(self.tokens), len(self.tokens) + len(tokens)), strict=True))
+            self.tokens += [*tokens, *([work.row] * padding)]
+        return slice(start, len(self.tokens))
+
+    def orders(self, device: torch.device | str) -> tuple[Tensor | None, Tensor | None]:
+        """`gathered_P` and `restored_T` of the plan."""
+        if self.tokens == list(range(len(self.tokens))):
             return None, None
-        keys_CS = begins_C[:, None] + torch.arange(TILE)
-        unseen_CS = keys_CS > last_C[:, None]
-        query_CQ1 = (first_C[:, None] + torch.arange(self._query_tokens)).unsqueeze(-1)
-        hidden_CQS = keys_CS[:, None, :] > query_CQ1
-        if window is not None:
-            unseen_CS |= keys_CS <= first_C[:, None] - window
-            hidden_CQS |= keys_CS[:, None, :] <= query_CQ1 - window
-        unseen = unseen_CS.view(-1).nonzero().view(-1)
-        return self._rows(hidden_CQS).to(self._device), unseen.to(self._device) if len(unseen) else None
-
-    def _rows(self, hidden_CQS: Tensor) -> Tensor:
-        """One row per query row: repeated for the heads of a kv head, padded rows see everything."""
-        if self._query_tokens == 1:
-            return hidden_CQS
-        heads = self._shape.heads_per_kv
-        hidden_CRS = hidden_CQS.repeat_interleave(heads, dim=1)
-        return torch.nn.functional.pad(hidden_CRS, (0, 0, 0, self.row_bucket - hidden_CRS.shape[1]))
+        restored = [self._row_of[token] for token in range(len(self._row_of))]
+        return torch.tensor(self.tokens, device=device), torch.tensor(restored, device=device)
 
 
-def _within(shape: AttentionShape, row_bucket: int) -> RowClass:
-    """The batch sizes of this row bucket whose working set stays in the cache."""
-    item_bytes = 4 * shape.num_kv_heads * TILE * (2 * shape.head_dim + row_bucket)
-    fitting = [size for size in shape.batch_classes[row_bucket].buckets if size * item_bytes <= _CHUNK_BYTES]
-    return RowClass(tuple(fitting) or shape.batch_classes[row_bucket].buckets[:1])
+def _job(
+    members: Sequence[_Work],
+    buckets: Sequence[int],
+    rows: _Rows,
+    block_size: int,
+    shape: AttentionShape,
+    masks: Masks,
+    device: torch.device | str,
+) -> Job:
+    per_sequence = -(-members[0].keys // block_size)
+    blocks: list[int] = []
+    for work in members:  # a sequence's last block stands in for those it does not have: it knows no strangers
+        blocks += work.blocks + work.blocks[-1:] * (per_sequence - len(work.blocks))
+    pieces, at = [], 0
+    for index, bucket in enumerate(buckets):
+        pieces.append(_piece(members, index, slice(at, at + bucket), shape, masks))
+        at += bucket
+    return Job(rows.take(members, buckets), len(members), at, torch.tensor(blocks, device=device), tuple(pieces))
+
+
+def _piece(members: Sequence[_Work], index: int, tokens: slice, shape: AttentionShape, masks: Masks) -> Piece:
+    """From the first key that any member's queries see, at a multiple of 512, to the last, padded."""
+    start = min(_base(work.first + tokens.start, shape.window) - work.base for work in members)
+    positions = [work.first + tokens.start - work.base - start for work in members]
+    stop = max(position + work.counts[index] for position, work in zip(positions, members, strict=True))
+    keys = shape.key_length(stop)
+    count = tokens.stop - tokens.start
+    mask = masks.rows(positions, 1 if count == 1 else count * shape.heads_per_kv, keys)
+    return Piece(tokens, slice(start, start + keys), mask)

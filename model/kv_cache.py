@@ -24,8 +24,8 @@ def default_kv_dtype(device: torch.device | str) -> torch.dtype:
 class KVCache:
     """Keys and values of all layers, `num_blocks` blocks of `block_size` positions.
 
-    A slot is `block_id * block_size + offset`. Memory is not cleared: readers mask what was never written, so
-    the operating system gives pages only as blocks come into use.
+    A slot is `block_id * block_size + offset`. Memory is not cleared as a whole, so that the operating system
+    gives pages only as blocks come into use: who writes a block's first position clears what is not written yet.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         self._num_kv_heads = config.num_kv_heads
-        shape = (2 * config.num_kv_heads, num_blocks, block_size, config.head_dim)
+        shape = (num_blocks, block_size, 2 * config.num_kv_heads, config.head_dim)
         self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
     @property
@@ -55,23 +55,28 @@ class KVCache:
         return sum(layer.nbytes for layer in self._layers)
 
     def kv(self, layer: int) -> Tensor:
-        """A layer's keys and values (2G, num_blocks, block_size, head_dim), so that one gather reads both."""
+        """A layer's keys and values (num_blocks, block_size, 2G, head_dim): a block is one stretch of memory."""
         return self._layers[layer]
 
     def k(self, layer: int) -> Tensor:
-        """Keys of a layer, shaped (G, num_blocks, block_size, head_dim)."""
-        return self._layers[layer][: self._num_kv_heads]
+        """Keys of a layer, a view shaped (num_blocks, block_size, G, head_dim)."""
+        return self._layers[layer][:, :, : self._num_kv_heads]
 
     def v(self, layer: int) -> Tensor:
-        """Values of a layer, shaped (G, num_blocks, block_size, head_dim)."""
-        return self._layers[layer][self._num_kv_heads :]
+        """Values of a layer, a view shaped (num_blocks, block_size, G, head_dim)."""
+        return self._layers[layer][:, :, self._num_kv_heads :]
 
-    def write(self, layer: int, slots_T: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
-        """Store one position per token."""
-        self.write_kv(layer, slots_T, torch.cat((k_TGd, v_TGd), dim=1))
+    def write(self, layer: int, slots_T: Tensor, kv_TGd: Tensor, cleared: Tensor | None = None) -> None:
+        """`write_kv` to a layer."""
+        write_kv(self._layers[layer], slots_T, kv_TGd, cleared)
 
-    def write_kv(self, layer: int, slots_T: Tensor, kv_TGd: Tensor) -> None:
-        """Store one position per token; keys and values are stacked along the head axis (2G)."""
-        store = self._layers[layer]
-        flat = store.view(store.shape[0], -1, store.shape[-1])
-        flat.index_copy_(1, slots_T, kv_TGd.transpose(0, 1).to(self.dtype))
+
+def write_kv(kv: Tensor, slots_T: Tensor, kv_TGd: Tensor, cleared: Tensor | None = None) -> None:
+    """Store one position per token in a layer's `KVCache.kv`; zero the slots `cleared`.
+
+    Keys and values of a token are stacked along the head axis (2G).
+    """
+    flat = kv.view(-1, *kv.shape[2:])
+    if cleared is not None:
+        flat.index_fill_(0, cleared, 0.0)
+    flat.index_copy_(0, slots_T, kv_TGd.to(kv.dtype))

@@ -9,6 +9,7 @@ owners.
 Tensor suffixes: M rows of one call, I and O input and output width, P rows of the calibration pool.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class RowClass:
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds `rows`, or the largest bucket when none does."""
-        return next((bucket for bucket in self.buckets if bucket >= rows), self.buckets[-1])
+        return self.buckets[min(bisect_left(self.buckets, rows), len(self.buckets) - 1)]
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
         """Cut `rows` into `(start, rows of the piece, bucket to pad it to)`."""
@@ -145,7 +146,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:
     """`fn` over all rows of x_MI, calling it with row counts of `row_class` only. Returns x_MO.
 
-    Padding rows are zeros and are cut off again. Inputs are handed over contiguous and 64-byte aligned,
+    Padding rows are cut off again. Inputs are handed over contiguous and 64-byte aligned,
     because alignment, too, may choose a library's inner loop.
     """
     rows = len(x_MI)
@@ -162,9 +163,9 @@ def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:
 def _padded(x_MI: Tensor, bucket: int) -> Tensor:
     if len(x_MI) == bucket:
         return _aligned(x_MI)
-    padded = x_MI.new_zeros(bucket, *x_MI.shape[1:])
-    padded[: len(x_MI)] = x_MI
-    return padded
+    if len(x_MI) == 1:  # in one copy: the commonest case, a decode of one sequence
+        return x_MI.expand(bucket, *x_MI.shape[1:]).contiguous()
+    return torch.nn.functional.pad(x_MI, (0, 0, 0, bucket - len(x_MI)))
 
 
 def _aligned(x_MI: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig, RopeScaling
 
 _TABLE_CHUNK = 1024
+_TOKENS_AT_ONCE = 64  # so that what one operation writes is still in the cache for the next
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -111,6 +112,14 @@ class RotaryTable:
 
 def apply_rope_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
     """Rotate queries or keys in place: halves (a, b) of a head become (a cos - b sin, b cos + a sin)."""
-    half = x_THd.shape[-1] // 2
-    swapped_THd = torch.cat((x_THd[..., half:], x_THd[..., :half]), dim=-1)
+    if len(x_THd) <= _TOKENS_AT_ONCE:
+        return _rotate_(x_THd, cos_T1d, sin_T1d)
+    for start in range(0, len(x_THd), _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        _rotate_(x_THd[part], cos_T1d[part], sin_T1d[part])
+    return x_THd
+
+
+def _rotate_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
+    swapped_THd = x_THd.roll(x_THd.shape[-1] // 2, -1)
     return x_THd.mul_(cos_T1d).add_(swapped_THd.mul_(sin_T1d))

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.attention import PagedAttention
-from model.attention_plan import AttentionPlan
+from model.attention import AttentionStep, PagedAttention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
 from model.dispatch import Answers, DispatchPlan, combine, dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts, OnTensor
-from model.kernels import PackedLinear, backbone_kernel, default_kernel, get_kernel, numerics_domain, self_test
-from model.kv_cache import KVCache
+from model.kernels import Kernel, PackedLinear, backbone_kernel, default_kernel, get_kernel, numerics_domain, self_test
+from model.kv_cache import KVCache, write_kv
 from model.memory import release_freed_memory
 from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
 from model.phase_times import PhaseTimes
@@ -47,21 +46,29 @@ class ExpertCall:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RMSNorm:
+    """RMSNorm (arXiv 1910.07467) in few operations: torch's own takes many, each over the whole input."""
+
+    weight_D: Tensor
+    eps_111: Tensor
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        """The rows divided by the root of their mean square, times the weight."""
+        x_M1D = x_MD.unsqueeze(1)
+        mean_M11 = torch.baddbmm(self.eps_111, x_M1D, x_M1D.transpose(1, 2), alpha=1.0 / x_MD.shape[1])
+        return (x_MD * mean_M11.view(-1, 1).rsqrt_()).mul_(self.weight_D)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NormedLinear:
     """RMSNorm and then a product, as one row-wise function, so that both are calibrated together."""
 
-    norm_D: Tensor
-    eps: float
-    linear: PackedLinear | None
-    keep_normed: bool = False
+    norm: RMSNorm
+    linear: PackedLinear
 
     def __call__(self, x_MD: Tensor) -> Tensor:
-        """The product of the normalised rows; with `keep_normed`, behind these; without a weight, these alone."""
-        normed_MD = functional.rms_norm(x_MD, self.norm_D.shape, self.norm_D, self.eps)
-        if self.linear is None:
-            return normed_MD
-        out = self.linear(normed_MD)
-        return torch.cat((normed_MD, out), dim=1) if self.keep_normed else out
+        """The product of the normalised rows."""
+        return self.linear(self.norm(x_MD))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +84,18 @@ class Rowwise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """A layer's share of the backbone: norm and q, k, v; the output product; norm and router logits."""
+    """A layer's share of the backbone: norm and q, k, v; the output product; the experts' norm; the gate, if any."""
 
     qkv: Rowwise
     output: Rowwise
-    router: Rowwise
+    ffn_norm: Rowwise
+    gate: Rowwise | None
+
+    @property
+    def row_classes(self) -> tuple[RowClass, ...]:
+        """Those of all parts."""
+        parts = (self.qkv, self.output, self.ffn_norm, self.gate)
+        return tuple(part.row_class for part in parts if part is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +103,7 @@ class Step:
     """What all layers of one forward share."""
 
     kv: KVCache
-    attention: AttentionPlan
+    attention: AttentionStep
     cos_T1d: Tensor
     sin_T1d: Tensor
 
@@ -137,7 +151,7 @@ class Backbone:
     @property
     def numerics_domain(self) -> str:
         """Everything that decides the bits of logits, but the weights and the experts."""
-        classes = {str(part.row_class) for layer in self._layers for part in (layer.qkv, layer.output, layer.router)}
+        classes = {str(row_class) for layer in self._layers for row_class in layer.row_classes}
         parts = {
             "kernel": self.kernel,
             "rows": "/".join(sorted(classes)),
@@ -160,7 +174,7 @@ class Backbone:
             h_TD = self.after_experts(h_TD, answers, plan)
         return self.logits(h_TD, batch.logits_rows)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, batch: ForwardBatch, kv: KVCache) -> tuple[Step, Tensor]:
         """The step's plan, and the embedded tokens h_TD."""
         began_s = perf_counter()
@@ -173,34 +187,34 @@ class Backbone:
         self.times.prepare_s += perf_counter() - began_s
         return step, h_TD
 
-    @torch.no_grad()
     def before_experts(self, index: int, h_TD: Tensor, step: Step) -> tuple[Tensor, DispatchPlan]:
         """The layer's first half: attention added to h_TD, and the rows for its experts."""
+        h_TD, x_TD, logits_TE = self._attend_and_route(self._layers[index], step.kv.kv(index), h_TD, step)
         began_s = perf_counter()
-        layer, config = self._layers[index], self.config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv_TXd = layer.qkv(h_TD).view(len(h_TD), heads + 2 * kv_heads, config.head_dim)
-        apply_rope_(qkv_TXd[:, : heads + kv_heads], step.cos_T1d, step.sin_T1d)
-        step.kv.write_kv(index, step.attention.slots_T, qkv_TXd[:, heads:])
-        mixed_TX = self._attention.run(qkv_TXd[:, :heads], step.kv.kv(index), step.attention)
-        h_TD = h_TD + layer.output(mixed_TX)
-        attended_s = perf_counter()
-        routed_TX = layer.router(h_TD)
-        routed_s = perf_counter()
-        width = config.hidden_size
-        plan = dispatch(routed_TX[:, :width], self._router_logits(routed_TX), config.top_k)
-        self.times.attention_s += attended_s - began_s
-        self.times.router_s += routed_s - attended_s
-        self.times.dispatch_s += perf_counter() - routed_s
+        plan = dispatch(x_TD, logits_TE, self.config.top_k)
+        self.times.dispatch_s += perf_counter() - began_s
         return h_TD, plan
 
-    def _router_logits(self, routed_TX: Tensor) -> Tensor:
-        """The router's columns; a dense model has none, and its only expert needs no score."""
-        if self.config.is_moe:
-            return routed_TX[:, self.config.hidden_size :]
-        return routed_TX.new_zeros(len(routed_TX), 1)
+    @torch.inference_mode()
+    def _attend_and_route(self, layer: Layer, kv: Tensor, h_TD: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """h_TD with attention added, normalised for the experts, and router logits.
 
-    @torch.no_grad()
+        A dense model has no router, and its only expert needs no score.
+        """
+        began_s = perf_counter()
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        qkv_TXd = layer.qkv(h_TD).view(len(h_TD), heads + 2 * kv_heads, self.config.head_dim)
+        apply_rope_(qkv_TXd[:, : heads + kv_heads], step.cos_T1d, step.sin_T1d)
+        write_kv(kv, step.attention.slots_T, qkv_TXd[:, heads:], step.attention.cleared)
+        mixed_TX = self._attention.run(qkv_TXd[:, :heads], kv, step.attention)
+        h_TD = layer.output(mixed_TX).add_(h_TD)
+        attended_s = perf_counter()
+        x_TD = layer.ffn_norm(h_TD)
+        logits_TE = x_TD.new_zeros(len(x_TD), 1) if layer.gate is None else layer.gate(x_TD)
+        self.times.attention_s += attended_s - began_s
+        self.times.router_s += perf_counter() - attended_s
+        return h_TD, x_TD, logits_TE
+
     def after_experts(self, h_TD: Tensor, answers: Answers, plan: DispatchPlan) -> Tensor:
         """The layer's second half: the experts' answers combined and added."""
         began_s = perf_counter()
@@ -233,33 +247,40 @@ class _BackboneLoader:
     def load(self) -> Backbone:
         embed_VD = self._vector("embed", None)
         layers = tuple(self._layer(f"layers.{index}") for index in range(self._config.num_layers))
-        norm_D = self._vector("norm", torch.float32)
+        norm = self._norm("norm")
         name = "embed" if self._config.tied_embeddings else "lm_head"
-        head = self._normed("head", norm_D, self._linear(name))
+        head = self._rowwise("head", self._linear(name), norm)
         return Backbone(self._config, embed_VD, layers, head, self._bytes, "+".join(sorted(self._kernels)))
 
     def _layer(self, prefix: str) -> Layer:
-        attn_norm_D = self._vector(f"{prefix}.attn_norm", torch.float32)
-        qkv = self._normed("qkv", attn_norm_D, self._linear(*(f"{prefix}.{part}" for part in ("wq", "wk", "wv"))))
-        wo = self._linear(f"{prefix}.wo")
-        output = Rowwise(wo, self._row_class("output", wo, wo))
-        ffn_norm_D = self._vector(f"{prefix}.ffn_norm", torch.float32)
-        gate = self._linear(f"{prefix}.gate") if self._config.is_moe else None
-        return Layer(qkv, output, self._normed("router", ffn_norm_D, gate))
+        attn_norm = self._norm(f"{prefix}.attn_norm")
+        qkv = self._rowwise("qkv", self._linear(*(f"{prefix}.{part}" for part in ("wq", "wk", "wv"))), attn_norm)
+        output = self._rowwise("output", self._linear(f"{prefix}.wo"))
+        norm = self._norm(f"{prefix}.ffn_norm")
+        width = self._config.hidden_size
+        ffn_norm = Rowwise(norm, self._row_class("norm", norm, width, 1))
+        gate = self._rowwise("gate", self._gate(f"{prefix}.gate")) if self._config.is_moe else None
+        return Layer(qkv, output, ffn_norm, gate)
 
-    def _normed(self, role: str, norm_D: Tensor, linear: PackedLinear | None) -> Rowwise:
-        fn = NormedLinear(norm_D, self._config.norm_eps, linear, keep_normed=role == "router")
-        return Rowwise(fn, self._row_class(role, fn, linear))
+    def _norm(self, name: str) -> RMSNorm:
+        eps_111 = torch.full((1, 1, 1), self._config.norm_eps, device=self._device)
+        return RMSNorm(self._vector(name, torch.float32), eps_111)
 
-    def _row_class(self, role: str, fn: RowFunction, linear: PackedLinear | None) -> RowClass:
+    def _rowwise(self, role: str, linear: PackedLinear, norm: RMSNorm | None = None) -> Rowwise:
+        fn: RowFunction = linear if norm is None else NormedLinear(norm, linear)
+        return Rowwise(fn, self._row_class(role, fn, linear.in_features, linear.out_features, linear.kernel))
+
+    def _row_class(self, role: str, fn: RowFunction, width: int, outputs: int, kernel: str = "") -> RowClass:
         """Calibrated once per role, kernel and shape."""
-        width = self._config.hidden_size if linear is None else linear.in_features
-        outputs = 1 if linear is None else linear.out_features
-        key = (role, width, outputs, None if linear is None else linear.kernel)
+        key = (role, width, outputs, kernel)
         if key not in self._calibrated:
             candidates = row_candidates(2 * width * outputs, self._device)
             self._calibrated[key] = calibrate_rows(fn, width, candidates, device=self._device)
         return self._calibrated[key]
+
+    def _gate(self, name: str) -> PackedLinear:
+        """In fp32 on a CPU whatever the kernel: a packed product costs several times more where so little is asked."""
+        return self._linear(name, kernel=get_kernel("fp32", self._device) if self._device.type == "cpu" else None)
 
     def _vector(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """A tensor kept as it is: a norm in fp32, the embedding table in the checkpoint's dtype."""
@@ -267,7 +288,7 @@ class _BackboneLoader:
         self._count(name, tensor.nbytes)
         return tensor
 
-    def _linear(self, *names: str) -> PackedLinear:
+    def _linear(self, *names: str, kernel: Kernel | None = None) -> PackedLinear:
         """The named weights, one above the other, packed as one."""
         shapes = [self._checkpoint.shape(name) for name in names]
         if len(names) == 1:
@@ -278,10 +299,11 @@ class _BackboneLoader:
             for name, (rows, _) in zip(names, shapes, strict=True):
                 weight_OI[at : at + rows] = self._checkpoint.read(name, torch.float32, self._device)
                 at += rows
-        packed = self._kernel.pack(weight_OI)
+        packed = (kernel or self._kernel).pack(weight_OI)
         del weight_OI
         release_freed_memory()
-        self._kernels.add(packed.kernel)
+        if kernel is None:
+            self._kernels.add(packed.kernel)
         for name, (rows, _) in zip(names, shapes, strict=True):
             self._count(name, packed.weight_bytes * rows // packed.out_features)
         return packed

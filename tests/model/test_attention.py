@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.attention import PagedAttention
-from model.attention_plan import BAND_TILES, TILE
+from model.attention_plan import KEY_SPAN
 from model.batch import ForwardBatch, SequenceSlice
 from model.config import ModelConfig
 from model.kv_cache import KVCache, block_bytes, default_kv_dtype
@@ -60,9 +60,8 @@ class Sheet:
             self.q.append(torch.randn(shapes[0], generator=generator) * scale)
             self.k.append(torch.randn(shapes[1], generator=generator))
             self.v.append(torch.randn(shapes[1], generator=generator))
-            positions = torch.arange(length)
-            slots = torch.tensor(table)[positions // BLOCK] * BLOCK + positions % BLOCK
-            self.kv.write(0, slots, self.k[-1], self.v[-1])
+            plan = self.attention.plan(ForwardBatch.build([[0] * length], [0], [table]), BLOCK)
+            self.kv.write(0, plan.slots_T, torch.cat((self.k[-1], self.v[-1]), dim=1), plan.cleared)
 
     def run(self, slices: Sequence[tuple[int, int, int]]) -> Tensor:
         """Answers for `(sequence, first position, count)` in one call."""
@@ -118,8 +117,8 @@ def test_chunks_and_decode_equal_the_whole_bit_for_bit(shape: ModelConfig) -> No
 
 
 @pytest.mark.parametrize("window", [None, 700])
-def test_contexts_of_several_bands(window: int | None) -> None:
-    length = TILE * BAND_TILES * 2 + 300
+def test_contexts_of_several_spans(window: int | None) -> None:
+    length = KEY_SPAN * 8 + 300
     sheet = Sheet(config(window=window, heads=2, kv_heads=1, head_dim=8), [length, 200], seed=2)
     whole = sheet.run([(0, 0, length)])
     torch.testing.assert_close(whole.double(), sheet.expected(0), rtol=0, atol=5e-6)
@@ -169,7 +168,7 @@ def test_another_sequences_nan_stays_its_own() -> None:
     sheet = Sheet(config(), [200, 200], seed=5)
     clean = sheet.run([(0, 150, 50), (1, 199, 1)])
     for block in sheet.tables[1]:
-        sheet.kv.kv(0)[:, block] = torch.nan
+        sheet.kv.kv(0)[block] = torch.nan
     dirty = sheet.run([(0, 150, 50), (1, 199, 1)])
     assert same_bits(dirty[:50], clean[:50])
     assert bool(dirty[50:].isnan().all())
@@ -184,7 +183,10 @@ def test_small_row_classes_still_give_exact_attention() -> None:
     """On a machine where hardly any row counts agree, queries are cut into more and smaller calls."""
     sheet = Sheet(config(), [300], seed=7)
     expected = sheet.expected(0)
-    sheet.attention.shape = replace(sheet.attention.shape, row_class=RowClass((2,)), batch_classes={2: RowClass((1,))})
+    one = RowClass((1,))
+    sheet.attention.shape = replace(
+        sheet.attention.shape, token_class=RowClass((2,)), key_class=RowClass((KEY_SPAN,)), batch_class=one
+    )
     whole = sheet.run([(0, 0, 300)])
     torch.testing.assert_close(whole.double(), expected, rtol=0, atol=5e-6)
     assert same_bits(sheet.run([(0, 299, 1)]), whole[299:])
@@ -203,10 +205,13 @@ def test_the_cache_stores_keys_and_values_where_it_is_told() -> None:
     shape = config()
     kv = KVCache(shape, num_blocks=3, block_size=4, dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, 16), torch.randn(2, 2, 16)
-    kv.write(0, torch.tensor([9, 2]), k, v)
-    assert torch.equal(kv.k(0)[:, 2, 1], k[0].to(torch.bfloat16))
-    assert torch.equal(kv.v(0)[:, 0, 2], v[1].to(torch.bfloat16))
-    assert kv.k(0).shape == kv.v(0).shape == (2, 3, 4, 16)
+    kv.write(0, torch.tensor([9, 2]), torch.cat((k, v), dim=1))
+    assert torch.equal(kv.k(0)[2, 1], k[0].to(torch.bfloat16))
+    assert torch.equal(kv.v(0)[0, 2], v[1].to(torch.bfloat16))
+    kv.write(0, torch.tensor([8]), torch.cat((k, v), dim=1)[:1], cleared=torch.tensor([9, 10]))
+    assert torch.equal(kv.k(0)[2, 0], k[0].to(torch.bfloat16))
+    assert not kv.kv(0)[2, 1:3].any()
+    assert kv.k(0).shape == kv.v(0).shape == (3, 4, 2, 16)
     assert kv.nbytes == 3 * block_bytes(shape, 4, torch.bfloat16) == 3 * 4 * 2 * 2 * 16 * 2
     assert kv.num_layers == 1
     assert (default_kv_dtype("cpu"), default_kv_dtype("cuda")) == (torch.float32, torch.bfloat16)
