@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig
 from experiments.engine_bench import drive
 from experiments.engine_bench.contestants import Prompts, Sample
 from experiments.engine_bench.memory import memory_use
+from experiments.engine_bench.shares import CpuTimes, cpu_seconds
 
 START_TIMEOUT_S = 1800.0
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class ClusterContestant:
     """A running cluster and a client of its first coordinator."""
 
     is_ours = True
+    prefills_first = False
 
     def __init__(self, name: str, config: ClusterConfig, cores: int, console: Console) -> None:
         """Starts it, and waits until it is ready. Raises RuntimeFailure; then nothing of it is left running."""
@@ -68,9 +70,10 @@ class ClusterContestant:
         """Raises BenchError or CoordinatorLost."""
         assert self._client is not None, "the cluster is closed"
         parallel = min(self._cores, len(self._status.replicas))
+        target = drive.Target(client=self._client, parallel=parallel, read_cpu=self._cpu_times)
         if output_len == 1:
-            return self._on_loop(drive.prefill(self._client, prompts, parallel=parallel))
-        return self._on_loop(drive.decode(self._client, prompts, output_len, parallel=parallel))
+            return self._on_loop(drive.prefill(target, prompts))
+        return self._on_loop(drive.decode(target, prompts, output_len))
 
     def memory(self) -> Mapping[str, object]:
         """Of the processes that hold weights: coordinators and experts."""
@@ -87,6 +90,12 @@ class ClusterContestant:
         finally:
             self._runner.close()
             self._supervisor.retire()
+
+    def _cpu_times(self) -> CpuTimes:
+        return CpuTimes(
+            experts_s=cpu_seconds(one.pid for one in self._status.replicas),
+            coordinators_s=cpu_seconds(one.pid for one in self._status.coordinators),
+        )
 
     async def _connect(self, status: ClusterStatus) -> CoordinatorClient:
         client = CoordinatorClient(status.coordinators[0].address, self._credentials())

@@ -32,6 +32,11 @@ class Contestant(Protocol):
     def is_ours(self) -> bool: ...
 
     @property
+    def prefills_first(self) -> bool:
+        """True where no sequence decodes before all have their first token: one run then shows both phases."""
+        ...
+
+    @property
     def facts(self) -> Mapping[str, object]:
         """What a reader must know to judge its figures: versions, precisions, threads."""
         ...

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from actors.front.coordinator_client import CoordinatorClient
 from experiments.engine_bench.contestants import Prompts, Sample
 from experiments.engine_bench.failures import BenchError
-from experiments.engine_bench.shares import step_shares
+from experiments.engine_bench.shares import CpuTimes, Moment, step_shares
 from experiments.engine_bench.timing import Run
 from protos.coordinator_pb2 import FINISH_REASON_LENGTH, Sampling, SnapshotReply, Submit
 from protos.outputs import is_last
@@ -36,55 +36,74 @@ class LoopClock:
         self._reading = None
 
 
-@dataclass(slots=True)
-class _Snapshots:
-    """Asks the coordinator when all sequences have begun, and again when the first is done."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A coordinator, and what its cluster is like: at most `parallel` experts compute at once."""
 
     client: CoordinatorClient
+    parallel: int = 1
+    read_cpu: Callable[[], CpuTimes] = CpuTimes
+
+    async def moment(self) -> Moment:
+        """What has been counted up to now."""
+        cpu = self.read_cpu()
+        return Moment(await self.client.snapshot(), cpu)
+
+
+@dataclass(slots=True)
+class _Window:
+    """Notes the moments when all sequences have begun and when the first is done."""
+
+    target: Target
     waiting: int
-    asked: list[asyncio.Task[SnapshotReply]] = field(default_factory=list)
+    moments: list[asyncio.Task[Moment]] = field(default_factory=list)
     done: bool = False
 
     def begun(self) -> None:
         self.waiting -= 1
         if self.waiting == 0:
-            self._ask()
+            self._note()
 
     def ended(self) -> None:
         if not self.done:
             self.done = True
-            self._ask()
+            self._note()
 
-    def _ask(self) -> None:
-        self.asked.append(asyncio.create_task(self.client.snapshot()))
-
-
-async def prefill(client: CoordinatorClient, prompts: Prompts, *, parallel: int) -> Sample:
-    """One token for each prompt; the shares are of the whole run."""
-    before = await client.snapshot()
-    run = await _generate_all(client, prompts, 1, None)
-    after = await client.snapshot()
-    tokens = sum(map(len, prompts))
-    return Sample(run, step_shares(before, after, tokens=tokens, parallel=parallel), _load_between(before, after))
+    def _note(self) -> None:
+        self.moments.append(asyncio.create_task(self.target.moment()))
 
 
-async def decode(client: CoordinatorClient, prompts: Prompts, output_len: int, *, parallel: int) -> Sample:
-    """`output_len` tokens for each prompt; shares and load are of the time in which all decode, to a step or two."""
-    snapshots = _Snapshots(client, len(prompts))
-    run = await _generate_all(client, prompts, output_len, snapshots)
-    before, after = await asyncio.gather(*snapshots.asked)
-    tokens = after.generated_tokens_total - before.generated_tokens_total
-    return Sample(run, step_shares(before, after, tokens=tokens, parallel=parallel), _load_between(before, after))
+async def prefill(target: Target, prompts: Prompts) -> Sample:
+    """One token for each prompt; the shares are of the whole run. Raises BenchError or CoordinatorLost."""
+    began = await target.moment()
+    run = await _generate_all(target.client, prompts, 1, None)
+    ended = await target.moment()
+    return _sample(run, began, ended, sum(map(len, prompts)), target.parallel)
 
 
-async def _generate_all(
-    client: CoordinatorClient, prompts: Prompts, output_len: int, snapshots: _Snapshots | None
-) -> Run:
+async def decode(target: Target, prompts: Prompts, output_len: int) -> Sample:
+    """`output_len` tokens for each prompt; shares and load are of the time in which all decode, to a step or two.
+
+    Raises BenchError or CoordinatorLost.
+    """
+    window = _Window(target, len(prompts))
+    run = await _generate_all(target.client, prompts, output_len, window)
+    began, ended = await asyncio.gather(*window.moments)
+    tokens = ended.snapshot.generated_tokens_total - began.snapshot.generated_tokens_total
+    return _sample(run, began, ended, tokens, target.parallel)
+
+
+def _sample(run: Run, began: Moment, ended: Moment, tokens: int, parallel: int) -> Sample:
+    shares = step_shares(began, ended, tokens=tokens, parallel=parallel)
+    return Sample(run, shares, _load_between(began.snapshot, ended.snapshot))
+
+
+async def _generate_all(client: CoordinatorClient, prompts: Prompts, output_len: int, window: _Window | None) -> Run:
     await client.connect()
     submits = [_submit(index, prompt, output_len) for index, prompt in enumerate(prompts)]
     clock = LoopClock()
     began_s = time.perf_counter()
-    tasks = [asyncio.ensure_future(_generate(client, submit, clock, snapshots)) for submit in submits]
+    tasks = [asyncio.ensure_future(_generate(client, submit, clock, window)) for submit in submits]
     try:
         answers = await asyncio.gather(*tasks)
     finally:
@@ -97,17 +116,17 @@ async def _generate_all(
 
 
 async def _generate(
-    client: CoordinatorClient, submit: Submit, clock: LoopClock, snapshots: _Snapshots | None
+    client: CoordinatorClient, submit: Submit, clock: LoopClock, window: _Window | None
 ) -> list[tuple[int, float]]:
     answer: list[tuple[int, float]] = []
     async for output in client.generate(submit):
         now_s = clock.now()
-        if output.token_ids and not answer and snapshots is not None:
-            snapshots.begun()
+        if output.token_ids and not answer and window is not None:
+            window.begun()
         answer += [(token, now_s) for token in output.token_ids]
         if is_last(output):
-            if snapshots is not None:
-                snapshots.ended()
+            if window is not None:
+                window.ended()
             if output.finish_reason != FINISH_REASON_LENGTH:
                 raise BenchError(f"the cluster ended a sequence early: {output.error or output.finish_reason}")
     return answer

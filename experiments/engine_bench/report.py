@@ -13,6 +13,8 @@ from cluster.budget import gigabytes
 from experiments.engine_bench.shares import PHASES, StepShares
 from experiments.engine_bench.summary import CellSummary, ContestantSummary, Ratio, Spread
 
+_BESIDE = ("experts' CPU ms", "coordinator's CPU ms", "KiB/token", "messages/token")
+
 
 class JsonLines:
     """One object a line, on `out` and into a file too where one is named. Written at once: a long run is watched."""
@@ -48,7 +50,7 @@ def show(summaries: Sequence[CellSummary], console: Console) -> None:
 def speeds(summaries: Sequence[CellSummary]) -> Table:
     """A row per cell and contestant: median tok/s with its spread, and the ratios to all that it is compared with."""
     targets = list(dict.fromkeys(ratio.to for summary in summaries for ratio in summary.ratios))
-    table = _table("tok/s, median [min .. max]; ratios are medians within repeats", "batch", "contestant")
+    table = _table("tok/s, median \\[min .. max]; ratios are medians within repeats", "batch", "contestant")
     for phase in ("prefill", "decode"):
         table.add_column(phase, justify="right", no_wrap=True)
         for target in targets:
@@ -70,7 +72,7 @@ def speeds(summaries: Sequence[CellSummary]) -> Table:
 def step_table(summaries: Sequence[CellSummary], phase: str) -> Table:
     """Where our steps spend their time, in percent, and what they send."""
     table = _table(f"{phase}: shares of a step, %", "batch", "contestant", "step ms")
-    for name in (*PHASES, "KiB/token", "messages/token"):
+    for name in (*PHASES, *_BESIDE):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for summary in summaries:
         for one in summary.contestants:
@@ -78,8 +80,9 @@ def step_table(summaries: Sequence[CellSummary], phase: str) -> Table:
             if step is None:
                 continue
             shares = [f"{100 * step.shares[name]:.0f}" for name in PHASES]
-            wire = [f"{step.bytes_per_token / 1024:.1f}", f"{step.messages_per_token:.1f}"]
-            table.add_row(str(summary.cell.batch), escape(one.name), f"{step.step_ms:.1f}", *shares, *wire)
+            beside = [step.expert_cpu_ms, step.coordinator_cpu_ms, step.bytes_per_token / 1024, step.messages_per_token]
+            row = [str(summary.cell.batch), escape(one.name), f"{step.step_ms:.1f}", *shares]
+            table.add_row(*row, *(f"{value:.1f}" for value in beside))
     return table
 
 

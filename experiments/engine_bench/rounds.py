@@ -100,14 +100,20 @@ class Rounds:
         first, self._turn = self._turn % len(self.contestants), self._turn + 1
         return [*self.contestants[first:], *self.contestants[:first]]
 
+    def _generate(self, contestant: Contestant, cell: Cell, seed: int, output_len: int) -> Sample:
+        sample = contestant.generate(self.make_prompts(cell.batch, cell.prompt_len, seed), output_len)
+        lengths = [len(ids) for ids in sample.run.tokens]
+        if lengths != [output_len] * cell.batch:
+            raise BenchError(
+                f"{contestant.name} gave {lengths} tokens where {cell.batch} sequences were to have {output_len}"
+            )
+        return sample
+
     def _measure(self, contestant: Contestant, cell: Cell, repeat: int) -> Measurement:
         seed = self.seed + 1 + 2 * repeat
-        prefill = contestant.generate(self.make_prompts(cell.batch, cell.prompt_len, seed), 1)
-        decode = contestant.generate(self.make_prompts(cell.batch, cell.prompt_len, seed + 1), cell.output_len)
-        for sample, length in ((prefill, 1), (decode, cell.output_len)):
-            lengths = {len(ids) for ids in sample.run.tokens}
-            if lengths != {length} or len(sample.run.tokens) != cell.batch:
-                raise BenchError(f"{contestant.name} gave sequences of {lengths} tokens where {length} were asked for")
+        decode = prefill = self._generate(contestant, cell, seed + 1, cell.output_len)
+        if not contestant.prefills_first:
+            prefill = self._generate(contestant, cell, seed, 1)
         kernel_step_s = 0.0
         if self.kernel_step is not None and contestant.is_ours and decode.load:
             kernel_step_s = self.kernel_step(cell, decode.load, seed)

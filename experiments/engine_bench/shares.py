@@ -1,13 +1,16 @@
 """Where a coordinator's steps spent their time between two snapshots, and what went over the wire.
 
-Two of the shares are arithmetic and not measurements. The coordinator waits for a layer's experts as a whole; how much
-of that wait is the experts' own work is bounded from below by their summed compute time spread over all that can
-compute at once. That bound is `expert_compute`, and the rest of the wait is `waiting`: transport, wake-ups, queueing,
-uneven experts, and cores that were not free.
+Two of the shares are arithmetic and not measurements. The coordinator waits for a layer's experts as a whole;
+`expert_compute` is the part of that wait in which the experts' summed compute time fits if all that can compute at once
+do so, and the rest is `waiting`: transport, wake-ups, queueing, uneven experts. Experts time themselves by the wall
+clock, so where more of them compute than there are cores, their times contain the waits for a core and `expert_compute`
+is too large. CPU times, which the system counts, have no such fault: they are beside.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+
+import psutil
 
 from protos.coordinator_pb2 import SnapshotReply
 
@@ -19,6 +22,7 @@ class StepShares:
     """`shares` of a step's time by phase, which sum to 1; the rest in the units of their names, per step or token.
 
     `expert_compute_ms` and `expert_queue_ms` are sums over the experts of a step, which work side by side.
+    `expert_cpu_ms` and `coordinator_cpu_ms` are the CPU time of those processes, all threads; 0 where nobody asked.
     """
 
     steps: int
@@ -28,14 +32,39 @@ class StepShares:
     expert_queue_ms: float
     bytes_per_token: float
     messages_per_token: float
+    expert_cpu_ms: float = 0.0
+    coordinator_cpu_ms: float = 0.0
 
     def to_json(self) -> dict[str, object]:
         """Plain values under stable names."""
         return asdict(self)
 
 
-def step_shares(before: SnapshotReply, after: SnapshotReply, *, tokens: int, parallel: int) -> StepShares | None:
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """Seconds of CPU that the processes of a cluster have used so far."""
+
+    experts_s: float = 0.0
+    coordinators_s: float = 0.0
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """User and system time of all, in the system's ticks of 10 ms. Raises psutil.Error for one that is gone."""
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return float(sum(one.user + one.system for one in times))
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """All that was counted up to one moment."""
+
+    snapshot: SnapshotReply
+    cpu: CpuTimes = CpuTimes()
+
+
+def step_shares(began: Moment, ended: Moment, *, tokens: int, parallel: int) -> StepShares | None:
     """`tokens` were computed between the two; at most `parallel` experts compute at once. None without a step."""
+    before, after = began.snapshot, ended.snapshot
 
     def passed(name: str) -> float:
         return float(getattr(after, name) - getattr(before, name))
@@ -67,6 +96,8 @@ def step_shares(before: SnapshotReply, after: SnapshotReply, *, tokens: int, par
         expert_queue_ms=passed("expert_queue_us_total") / 1e3 / steps,
         bytes_per_token=num_bytes / tokens,
         messages_per_token=passed("wire_messages_total") / tokens,
+        expert_cpu_ms=1e3 * (ended.cpu.experts_s - began.cpu.experts_s) / steps,
+        coordinator_cpu_ms=1e3 * (ended.cpu.coordinators_s - began.cpu.coordinators_s) / steps,
     )
 
 
@@ -86,4 +117,6 @@ def mean_shares(parts: list[StepShares]) -> StepShares | None:
         expert_queue_ms=mean("expert_queue_ms"),
         bytes_per_token=mean("bytes_per_token"),
         messages_per_token=mean("messages_per_token"),
+        expert_cpu_ms=mean("expert_cpu_ms"),
+        coordinator_cpu_ms=mean("coordinator_cpu_ms"),
     )

@@ -71,6 +71,7 @@ class PeerContestant:
     """A peer's process under the interface of all contestants."""
 
     is_ours = False
+    prefills_first = True
 
     def __init__(self, kind: PeerKind, model: str, threads: int, python: str = sys.executable) -> None:
         """Loads `model`, a checkpoint's directory or a .gguf file, as the peer reads it. Raises BenchError."""
