@@ -7,6 +7,7 @@ Router and norms stay in fp32, as the converter keeps them.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,20 +61,19 @@ def cached_gguf(checkpoint: Checkpoint, cache_dir: Path, say: Callable[[str], No
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     """Writes the whole file. Raises BenchError for what the architecture cannot say or fp16 cannot hold."""
     _refuse_unsayable(checkpoint.config)
-    writer = gguf.GGUFWriter(path, "llama")
-    _add_keys(writer, checkpoint.config, checkpoint.path.name)
-    todo = list(items(checkpoint))
-    for item in todo:
-        writer.add_tensor_info(item.name, item.shape, np.dtype(item.dtype), item.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for item in todo:
-        array = item.read()
-        if not np.isfinite(array).all():
-            raise BenchError(f"{checkpoint.path}: fp16 cannot hold {item.name}, so llama.cpp cannot be a peer")
-        writer.write_tensor_data(array)
-    writer.close()
+    with closing(gguf.GGUFWriter(path, "llama")) as writer:
+        _add_keys(writer, checkpoint.config, checkpoint.path.name)
+        todo = list(items(checkpoint))
+        for item in todo:
+            writer.add_tensor_info(item.name, item.shape, np.dtype(item.dtype), item.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for item in todo:
+            array = item.read()
+            if not np.isfinite(array).all():
+                raise BenchError(f"{checkpoint.path}: fp16 cannot hold {item.name}, so llama.cpp cannot be a peer")
+            writer.write_tensor_data(array)
 
 
 def items(checkpoint: Checkpoint) -> Iterator[Item]:
