@@ -65,7 +65,7 @@ def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="--synthetic is 'gpt', but must be one of mixtral"):
         synthetic_model("gpt", 2, tmp_path, lambda text: None)
     with pytest.raises(BenchError, match=r"needs .* GB, where .* GB are free"):
-        ensure_synthetic(replace(MIXTRAL, num_layers=100_000), "huge", tmp_path, lambda text: None)
+        ensure_synthetic(replace(MIXTRAL, num_layers=1, ffn_size=10**11), "huge", tmp_path, lambda text: None)
 
 
 def test_rows_follow_the_load_and_no_token_takes_an_expert_twice() -> None:
