@@ -1,6 +1,7 @@
 """`octavo bench engine` on a real cluster, as a person would type it: its lines, its table, and nothing left behind."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +49,26 @@ def test_two_variants_and_a_peer_in_one_run(tiny_model: Path, tmp_path: Path) ->
     assert "shares of a step" in done.stderr
     left = [one for one in psutil.Process().children(recursive=True) if "octavo-bench" in " ".join(one.cmdline())]
     assert not left
+
+
+def test_ctrl_c_in_mid_measurement_leaves_nothing_running(tiny_model: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny_model), "--batch", "2", "--prompt-len", "8", "--output-len", "8", "--repeats", "100000"]
+    with subprocess.Popen(
+        [*COMMAND, *arguments, "--experts-per-actor", "8", "--peer", "transformers"],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line)["type"] == "measurement":
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("ray::Coordinator" in " ".join(one.cmdline()) for one in family)
+        assert any("transformers_peer" in " ".join(one.cmdline()) for one in family)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(90) == 130
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, alive
