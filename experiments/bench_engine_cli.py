@@ -30,6 +30,9 @@ def engine(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in one step of ours.")] = 512,
     peer: Annotated[list[str] | None, typer.Option(help="transformers, llama.cpp; may be repeated.")] = None,
     peer_python: Annotated[str | None, typer.Option(help="Interpreter that has the peers' libraries.")] = None,
+    peer_env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the peers' environment; may be repeated.")
+    ] = None,
     synthetic: Annotated[
         str | None, typer.Option(help="Random weights in the layer shapes of: mixtral. Some GB, kept in the cache.")
     ] = None,
@@ -47,6 +50,7 @@ def engine(
     from experiments.engine_bench import session
     from experiments.engine_bench.cells import cells, parse_batches, variants
     from experiments.engine_bench.failures import BenchError
+    from experiments.engine_bench.peers.registry import parse_env
     from experiments.engine_bench.report import JsonLines
     from experiments.engine_bench.synthetic import synthetic_model
 
@@ -67,6 +71,7 @@ def engine(
             variants=chosen,
             peers=tuple(peer or ()),
             peer_python=peer_python or sys.executable,
+            peer_env=parse_env(peer_env or ()),
             repeats=repeats,
             seed=seed,
             max_num_batched_tokens=max_num_batched_tokens,

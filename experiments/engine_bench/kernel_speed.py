@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.supervision.blueprint import process_env
 from experiments.engine_bench.peers.child import Handler, Request, serve
 from experiments.engine_bench.peers.process import JsonProcess
 from model.experts import Calibrations, ExpertColumn
@@ -70,7 +71,9 @@ def draw_rows(load: Sequence[int], batch: int, top_k: int, generator: np.random.
 def start_kernel_speed(model_dir: Path, kernel: str, threads: int) -> JsonProcess:
     """The child, loaded. Raises BenchError."""
     request = {"model": str(model_dir), "kernel": kernel, "threads": threads}
-    return JsonProcess("the kernel's own speed", [sys.executable, "-m", __spec__.name], request)
+    # The experts' memory, but not their threads: here they are all of one process.
+    memory = {"GLIBC_TUNABLES": process_env(threads)["GLIBC_TUNABLES"]}
+    return JsonProcess("the kernel's own speed", [sys.executable, "-m", __spec__.name], request, memory)
 
 
 def start(request: Request) -> tuple[dict[str, Any], Handler]:

@@ -51,6 +51,7 @@ class Plan:
     variants: Mapping[str, Variant]
     peers: tuple[str, ...]
     peer_python: str
+    peer_env: Mapping[str, str]
     repeats: int
     seed: int
     max_num_batched_tokens: int
@@ -175,7 +176,7 @@ def _start_all(
         if kind.reads_gguf:
             model = cached_gguf(checkpoint, plan.cache_dir / "gguf", _sayer(console))
         console.print(f"starting {kind.name} ...", markup=False)
-        peer = PeerContestant(kind, str(model), cores, plan.peer_python)
+        peer = PeerContestant(kind, str(model), cores, plan.peer_python, plan.peer_env)
         undo.callback(peer.close)
         contestants.append(peer)
     return contestants

@@ -39,6 +39,7 @@ def plan(checkpoint: Checkpoint, **changes: Any) -> Plan:
             variants=variants(["auto"], ["auto"], [1], [1]),
             peers=(),
             peer_python=sys.executable,
+            peer_env={},
             repeats=1,
             seed=0,
             max_num_batched_tokens=512,

@@ -12,7 +12,7 @@ import transformers
 
 from experiments.engine_bench.failures import BenchError
 from experiments.engine_bench.peers.process import JsonProcess
-from experiments.engine_bench.peers.registry import PEERS, PeerContestant, find_peer
+from experiments.engine_bench.peers.registry import PEERS, PeerContestant, find_peer, parse_env
 from experiments.engine_bench.peers.transformers_peer import TransformersPeer
 from tests.support.checkpoints import write_mixtral
 
@@ -28,11 +28,11 @@ def peer() -> Iterator[PeerContestant]:
 
 def test_a_peer_answers_prompts_whatever_its_library_prints(peer: PeerContestant) -> None:
     assert (peer.name, peer.is_ours, peer.prefills_first) == ("fake", False, True)
-    assert peer.facts == {"library": "fake 1.0", "threads": 2}
+    assert peer.facts == {"library": "fake 1.0", "threads": 2, "env": {}}
     run = peer.generate([[1, 2], [5, 6]], 3).run
     assert run.tokens == ((3, 4, 5), (7, 8, 9))
     assert run.arrivals_s == ((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
-    assert peer.facts == {"library": "fake 1.0", "threads": 2, "answered": 2}
+    assert peer.facts == {"library": "fake 1.0", "threads": 2, "env": {}, "answered": 2}
     assert peer.memory()["num_processes"] == 1
 
 
@@ -64,12 +64,18 @@ def test_closing_ends_a_process_that_is_busy() -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_our_own_thread_settings_do_not_bind_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_settings_do_not_bind_a_peer_but_what_is_asked_for_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    code = "import os, sys; sys.stdin.readline(); print('{\"omp\": \"%s\"}' % os.environ.get('OMP_NUM_THREADS'))"
-    process = JsonProcess("env", [sys.executable, "-c", code], {})
-    assert process.facts == {"omp": "None"}
-    process.close()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    code = "import json, os, sys; sys.stdin.readline(); print(json.dumps(dict(os.environ)))"
+    plain = JsonProcess("env", [sys.executable, "-c", code], {})
+    asked = JsonProcess("env", [sys.executable, "-c", code], {}, parse_env(["OMP_WAIT_POLICY=ACTIVE", "X=a=b"]))
+    plain.close()
+    asked.close()
+    assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & set(plain.facts)
+    assert (asked.facts["OMP_WAIT_POLICY"], asked.facts["X"]) == ("ACTIVE", "a=b")
+    with pytest.raises(BenchError, match="--peer-env is 'X', but must be NAME=VALUE"):
+        parse_env(["X"])
 
 
 def test_an_unknown_peer_is_refused_by_name() -> None:

@@ -14,15 +14,17 @@ from experiments.engine_bench.failures import BenchError
 ROOT = Path(__file__).resolve().parents[3]
 END_TIMEOUT_S = 10.0
 LOG_TAIL = 400
-# Ours, made for many processes on few cores; a peer runs as its own defaults have it, with all the cores.
-OUR_OWN_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Ours, made for many processes on few cores; a peer runs as its own defaults have it, with all the cores to itself.
+OUR_OWN_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 class JsonProcess:
     """A child that answers one line of JSON to each. `facts` is its answer to the first."""
 
-    def __init__(self, name: str, command: Sequence[str], first: Mapping[str, Any]) -> None:
-        """Starts it and waits for its first answer. Raises BenchError."""
+    def __init__(
+        self, name: str, command: Sequence[str], first: Mapping[str, Any], env: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts it, `env` added to what it inherits, and waits for its first answer. Raises BenchError."""
         self.name = name
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         # A session of its own: Ctrl-C is for the parent, which then ends the child in its turn.
@@ -31,7 +33,7 @@ class JsonProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(),
+            env=_environment(env or {}),
             start_new_session=True,
         )
         try:
@@ -82,8 +84,8 @@ class JsonProcess:
         return lines[-1] if lines else "it said nothing"
 
 
-def _environment() -> dict[str, str]:
+def _environment(env: Mapping[str, str]) -> dict[str, str]:
     """With this program's packages in reach of another interpreter."""
     environ = {name: value for name, value in os.environ.items() if name not in OUR_OWN_SETTINGS}
     paths = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]
-    return environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(env)

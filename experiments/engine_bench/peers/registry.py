@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,17 +67,35 @@ def find_peer(name: str, python: str = sys.executable) -> PeerKind:
     return kind
 
 
+def parse_env(assignments: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping. Raises BenchError."""
+    env = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise BenchError(f"--peer-env is {text!r}, but must be NAME=VALUE")
+        env[name] = value
+    return env
+
+
 class PeerContestant:
     """A peer's process under the interface of all contestants."""
 
     is_ours = False
     prefills_first = True
 
-    def __init__(self, kind: PeerKind, model: str, threads: int, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        kind: PeerKind,
+        model: str,
+        threads: int,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         """Loads `model`, a checkpoint's directory or a .gguf file, as the peer reads it. Raises BenchError."""
         first = {"model": model, "threads": threads}
-        self._process = JsonProcess(kind.name, [python, "-m", kind.module], first)
-        self._facts: dict[str, Any] = dict(self._process.facts["facts"])
+        self._process = JsonProcess(kind.name, [python, "-m", kind.module], first, env)
+        self._facts: dict[str, Any] = {**self._process.facts["facts"], "env": dict(env or {})}
 
     @property
     def name(self) -> str:
