@@ -33,7 +33,8 @@ from experiments.engine_bench.peers.registry import PeerContestant, PeerKind, fi
 from experiments.engine_bench.prompts import Encode, make_prompts, word_ids
 from experiments.engine_bench.report import JsonLines, show
 from experiments.engine_bench.rounds import KernelStep, MakePrompts, Measurement, Rounds
-from experiments.engine_bench.summary import summarise
+from experiments.engine_bench.summary import summarise, whole_repeats
+from model.kernels import default_kernel
 from model.kv_cache import block_bytes, default_kv_dtype
 from model.storage.checkpoint import COORDINATOR, Checkpoint
 from model.text.tokenizer import TokenizerError, load_tokenizer
@@ -66,7 +67,7 @@ def run(plan: Plan, out: JsonLines, console: Console) -> None:
     configs = cluster_configs(plan, checkpoint)
     check_memory(plan, checkpoint, configs, kinds)
     cores = len(os.sched_getaffinity(0))
-    with _stopping_in_order(), ExitStack() as undo:
+    with _stopping_in_order() as undo:
         contestants = _start_all(plan, checkpoint, configs, kinds, cores, undo, console)
         kernel_step = _start_kernel(plan, checkpoint, cores, undo, console) if plan.kernel_speed else None
         rounds = Rounds(
@@ -186,8 +187,6 @@ def _start_kernel(plan: Plan, checkpoint: Checkpoint, cores: int, undo: ExitStac
     console.print("loading the kernel alone ...")
     kernel = next(iter(plan.variants.values())).kernel
     if kernel == "auto":
-        from model.kernels import default_kernel
-
         kernel = default_kernel(checkpoint.dtype, torch.device("cpu"))
     process = start_kernel_speed(plan.model, kernel, cores)
     undo.callback(process.close)
@@ -200,7 +199,11 @@ def _start_kernel(plan: Plan, checkpoint: Checkpoint, cores: int, undo: ExitStac
 
 
 def _measure(rounds: Rounds, ours: list[str], out: JsonLines, console: Console) -> None:
+    """Whoever stops a long run still gets what its whole repeats say."""
+    done: list[Measurement] = []
+
     def tell(one: Measurement) -> None:
+        done.append(one)
         out.write(one.to_json())
         console.print(
             f"  repeat {one.repeat + 1}, batch {one.cell.batch}, {one.contestant}: "
@@ -208,11 +211,15 @@ def _measure(rounds: Rounds, ours: list[str], out: JsonLines, console: Console) 
             markup=False,
         )
 
-    measurements = rounds.run(tell)
-    summaries = [summarise(cell, measurements, ours) for cell in rounds.cells]
-    for summary in summaries:
-        out.write(summary.to_json())
-    show(summaries, console)
+    try:
+        rounds.run(tell)
+    finally:
+        whole = whole_repeats(done, len(rounds.cells) * len(rounds.contestants))
+        summaries = [summarise(cell, whole, ours) for cell in rounds.cells if whole]
+        for summary in summaries:
+            out.write(summary.to_json())
+        if summaries:
+            show(summaries, console)
 
 
 def _setup(plan: Plan, checkpoint: Checkpoint, contestants: list[Contestant], cores: int) -> dict[str, object]:
@@ -245,11 +252,13 @@ def _stop_on_sigterm() -> None:
 
 
 @contextmanager
-def _stopping_in_order() -> Iterator[None]:
-    """Puts the handlers of SIGINT and SIGTERM back as they were."""
+def _stopping_in_order() -> Iterator[ExitStack]:
+    """What is to be undone, which is done however the block ends, and which impatience does not interrupt."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with ExitStack() as undo:
+        undo.callback(lambda: [signal.signal(number, handler) for number, handler in before.items()])
+        try:
+            yield undo
+        finally:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)

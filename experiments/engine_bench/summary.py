@@ -1,6 +1,7 @@
 """From measurements to what one cell says: medians, spreads, ratios within repeats, agreement of tokens."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -99,6 +100,12 @@ def summarise(cell: Cell, measurements: Sequence[Measurement], ours: Sequence[st
         contestants=tuple(_contestant(name, by_name[name]) for name in order),
         ratios=tuple(_ratio(of, by_name[of], to, by_name[to]) for of, to in pairs),
     )
+
+
+def whole_repeats(measurements: Sequence[Measurement], per_repeat: int) -> list[Measurement]:
+    """Those of repeats that have all their `per_repeat` measurements: the others can give no fair ratio."""
+    counts = Counter(one.repeat for one in measurements)
+    return [one for one in measurements if counts[one.repeat] == per_repeat]
 
 
 def agreement(ours: Tokens, theirs: Tokens) -> Agreement:

@@ -68,7 +68,8 @@ def test_ctrl_c_in_mid_measurement_leaves_nothing_running(tiny_model: Path, tmp_
         assert any("ray::Coordinator" in " ".join(one.cmdline()) for one in family)
         assert any("transformers_peer" in " ".join(one.cmdline()) for one in family)
         process.send_signal(signal.SIGINT)
-        process.stdout.read()
+        rest = [json.loads(line)["type"] for line in process.stdout.read().splitlines()]
+        assert set(rest) <= {"measurement", "summary"}
         assert process.wait(90) == 130
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, alive

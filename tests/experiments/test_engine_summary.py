@@ -12,7 +12,7 @@ from experiments.engine_bench.contestants import Prompts, Sample
 from experiments.engine_bench.failures import BenchError
 from experiments.engine_bench.report import JsonLines, show
 from experiments.engine_bench.rounds import Measurement, Rounds
-from experiments.engine_bench.summary import CellSummary, Spread, agreement, summarise
+from experiments.engine_bench.summary import CellSummary, Spread, agreement, summarise, whole_repeats
 from experiments.engine_bench.timing import Run
 from tests.support.contestants import FakeContestant, some_shares
 
@@ -130,6 +130,13 @@ def test_every_variant_meets_every_peer_and_the_first_variant() -> None:
         ("b", "a"),
     ]
     assert [one.name for one in summary.contestants] == ["a", "b", "llama.cpp", "transformers"]
+
+
+def test_a_repeat_that_was_broken_off_counts_for_nothing() -> None:
+    done = [measured(name, repeat, 1.0, 0.5) for repeat in (0, 1) for name in ("a", "b")]
+    broken = [*done, measured("a", 2, 1.0, 0.5)]
+    assert whole_repeats(broken, 2) == done
+    assert whole_repeats(broken[:1], 2) == []
 
 
 def as_fields(one: Measurement) -> dict[str, object]:
