@@ -166,7 +166,7 @@ def _start_all(
     console.print("starting Ray ...")
     ray_runtime.start_local(NAMESPACE)
     undo.callback(ray_runtime.disconnect)
-    _stop_on_sigterm()  # after Ray, which installs a handler of its own
+    _stop_on_signals()  # after Ray, which installs a handler of its own
     for name, config in configs.items():
         console.print(f"starting {name} ...", markup=False)
         cluster = ClusterContestant(name, config, cores, console)
@@ -244,11 +244,10 @@ def _sayer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, soft_wrap=True, markup=False)
 
 
-def _stop_on_sigterm() -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+def _stop_on_signals() -> None:
+    """Also where SIGINT is ignored from the start, as a shell has it for what runs in the background."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
