@@ -58,6 +58,7 @@ def speeds(summaries: Sequence[CellSummary]) -> Table:
     table.add_column("same tokens", justify="right", no_wrap=True)
     if any(one.kernel_share for summary in summaries for one in summary.contestants):
         table.add_column("of kernel", justify="right", no_wrap=True)
+        table.add_column("in CPU time", justify="right", no_wrap=True)
     for summary in summaries:
         for one in summary.contestants:
             ratios = {ratio.to: ratio for ratio in summary.ratios if ratio.of == one.name}
@@ -137,7 +138,7 @@ def _same(ratios: Sequence[Ratio]) -> str:
 
 
 def _of_kernel(one: ContestantSummary) -> list[str]:
-    return [] if one.kernel_share is None else [f"{100 * one.kernel_share.median:.0f} %"]
+    return [f"{100 * share.median:.0f} %" for share in (one.kernel_share, one.kernel_cpu_share) if share is not None]
 
 
 def _rounded(value: Any) -> Any:

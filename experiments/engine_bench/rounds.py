@@ -14,8 +14,8 @@ from experiments.engine_bench.timing import decode_to_end_tok_s, decode_tok_s, d
 WARM_UP_TOKENS = 4
 MakePrompts = Callable[[int, int, int], Prompts]
 """(count, length, seed) -> prompts."""
-KernelStep = Callable[[Cell, Sequence[Sequence[int]], int], float]
-"""(cell, load per layer and expert, seed) -> seconds of the kernel alone for one decode step's expert work."""
+KernelStep = Callable[[Cell, Sequence[Sequence[int]], int], tuple[float, float]]
+"""(cell, load per layer and expert, seed) -> seconds, and CPU seconds, of the kernel alone for a step's expert work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class Measurement:
     decode: Sample
     memory: Mapping[str, object]
     kernel_step_s: float = 0.0
+    kernel_cpu_s: float = 0.0
 
     @property
     def prefill_tok_s(self) -> float:
@@ -42,6 +43,13 @@ class Measurement:
     def kernel_share(self) -> float:
         """What part of the speed of the kernel alone the whole decode step reaches; 0 where that is unknown."""
         return self.kernel_step_s * self.decode_tok_s / self.cell.batch
+
+    @property
+    def kernel_cpu_share(self) -> float:
+        """The same in CPU time, which a busy machine does not spoil: the kernel's part of what all processes use."""
+        step = self.decode.shares
+        ours_s = 0.0 if step is None else (step.expert_cpu_ms + step.coordinator_cpu_ms) / 1e3
+        return self.kernel_cpu_s / ours_s if ours_s else 0.0
 
     def to_json(self) -> dict[str, object]:
         """The line of stdout."""
@@ -63,6 +71,7 @@ class Measurement:
                 line[f"{name}_step"] = sample.shares.to_json()
         if self.kernel_step_s:
             line |= {"kernel_step_ms": 1e3 * self.kernel_step_s, "kernel_share": self.kernel_share}
+            line |= {"kernel_cpu_ms": 1e3 * self.kernel_cpu_s, "kernel_cpu_share": self.kernel_cpu_share}
         return line
 
 
@@ -114,9 +123,9 @@ class Rounds:
         decode = prefill = self._generate(contestant, cell, seed + 1, cell.output_len)
         if not contestant.prefills_first:
             prefill = self._generate(contestant, cell, seed, 1)
-        kernel_step_s = 0.0
+        kernel = (0.0, 0.0)
         if self.kernel_step is not None and contestant.is_ours and decode.load:
-            kernel_step_s = self.kernel_step(cell, decode.load, seed)
+            kernel = self.kernel_step(cell, decode.load, seed)
         return Measurement(
             contestant=contestant.name,
             cell=cell,
@@ -124,5 +133,6 @@ class Rounds:
             prefill=prefill,
             decode=decode,
             memory=contestant.memory(),
-            kernel_step_s=kernel_step_s,
+            kernel_step_s=kernel[0],
+            kernel_cpu_s=kernel[1],
         )

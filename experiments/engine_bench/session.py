@@ -191,9 +191,10 @@ def _start_kernel(plan: Plan, checkpoint: Checkpoint, cores: int, undo: ExitStac
     process = start_kernel_speed(plan.model, kernel, cores)
     undo.callback(process.close)
 
-    def step(cell: Cell, load: Any, seed: int) -> float:
+    def step(cell: Cell, load: Any, seed: int) -> tuple[float, float]:
         request = {"load": load, "batch": cell.batch, "top_k": checkpoint.config.top_k, "seed": seed}
-        return float(process.ask(request)["step_s"])
+        answer = process.ask(request)
+        return float(answer["step_s"]), float(answer["cpu_s"])
 
     return step
 

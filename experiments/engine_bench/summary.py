@@ -55,6 +55,7 @@ class ContestantSummary:
     prefill_step: StepShares | None
     decode_step: StepShares | None
     kernel_share: Spread | None
+    kernel_cpu_share: Spread | None
     memory: Mapping[str, object]
 
 
@@ -121,14 +122,15 @@ def agreement(ours: Tokens, theirs: Tokens) -> Agreement:
 
 
 def _contestant(name: str, repeats: Sequence[Measurement]) -> ContestantSummary:
-    shares = [one.kernel_share for one in repeats if one.kernel_step_s]
+    timed = [one for one in repeats if one.kernel_step_s]
     return ContestantSummary(
         name=name,
         prefill_tok_s=Spread.of([one.prefill_tok_s for one in repeats]),
         decode_tok_s=Spread.of([one.decode_tok_s for one in repeats]),
         prefill_step=mean_shares([one.prefill.shares for one in repeats if one.prefill.shares is not None]),
         decode_step=mean_shares([one.decode.shares for one in repeats if one.decode.shares is not None]),
-        kernel_share=Spread.of(shares) if shares else None,
+        kernel_share=Spread.of([one.kernel_share for one in timed]) if timed else None,
+        kernel_cpu_share=Spread.of([one.kernel_cpu_share for one in timed]) if timed else None,
         memory=max((one.memory for one in repeats), key=_held),
     )
 

@@ -83,9 +83,9 @@ def test_an_answer_of_another_length_is_no_measurement() -> None:
 def test_the_kernel_alone_is_asked_with_the_load_that_was_counted() -> None:
     asked: list[tuple[int, object, int]] = []
 
-    def kernel_step(cell: Cell, load: object, seed: int) -> float:
+    def kernel_step(cell: Cell, load: object, seed: int) -> tuple[float, float]:
         asked.append((cell.batch, load, seed))
-        return 0.35
+        return 0.35, 0.006
 
     many = rounds(FakeContestant("octavo", is_ours=True), FakeContestant("peer"), repeats=1)
     many.kernel_step = kernel_step
@@ -93,6 +93,14 @@ def test_the_kernel_alone_is_asked_with_the_load_that_was_counted() -> None:
     assert asked == [(1, ((3, 1),), 1), (2, ((3, 1),), 1)]
     assert [round(one.kernel_share, 6) for one in done if one.contestant == "octavo"] == [0.7, 0.7]
     assert {one.kernel_share for one in done if one.contestant == "peer"} == {0.0}
+    ours = [one for one in done if one.contestant == "octavo"]
+    assert {round(one.kernel_cpu_share, 6) for one in ours} == {0.6}, "6 of 8 + 2 ms of CPU"
+    assert (ours[0].to_json()["kernel_step_ms"], ours[0].to_json()["kernel_cpu_ms"]) == (350.0, 6.0)
+    shown = io.StringIO()
+    show([summarise(cell, done, ["octavo"]) for cell in CELLS], Console(file=shown, width=240))
+    assert next(line.split()[-4:] for line in shown.getvalue().splitlines() if "octavo" in line) == [
+        "70", "%", "60", "%",
+    ]  # fmt: skip
 
 
 def test_a_measurement_is_a_line_of_stable_names() -> None:

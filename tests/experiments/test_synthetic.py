@@ -85,6 +85,7 @@ def test_the_kernel_alone_is_timed(tiny: Path) -> None:
     assert kernel.facts["layers_held"] == 3
     answer = kernel.handle({"load": [[1] * 8] * 3, "batch": 4, "top_k": 2, "seed": 0})
     assert answer["step_s"] > 0
+    assert answer["cpu_s"] > 0
     assert answer["steps"] >= 4
 
 

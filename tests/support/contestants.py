@@ -56,4 +56,6 @@ def some_shares(attention: float = 0.5) -> StepShares:
         expert_queue_ms=2.0,
         bytes_per_token=2048.0,
         messages_per_token=16.0,
+        expert_cpu_ms=8.0,
+        coordinator_cpu_ms=2.0,
     )
