@@ -9,6 +9,7 @@ import sys
 import typer
 
 from actors.command.added_commands import CommandError
+from experiments.bench_engine_cli import engine
 from experiments.bench_serve_cli import ServeCommand, serve
 
 app = typer.Typer(
@@ -19,11 +20,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def bench() -> None:
-    """Keeps `serve` a command with a name even while it is alone."""
-
-
+app.command()(engine)
 app.command(cls=ServeCommand)(serve)
 
 

@@ -176,7 +176,7 @@ class LayerLoad(_message.Message):
     def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SnapshotReply(_message.Message):
-    __slots__ = ("coordinator_id", "pid", "node_id", "address", "state", "map_epoch", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "kv_block_size", "steps_total", "prompt_tokens_total", "generated_tokens_total", "preemptions_total", "expert_retries_total", "load", "window_load", "kernel", "numerics_domain", "detail", "weight_bytes", "max_model_len", "weights_id", "draft_tokens_total", "accepted_draft_tokens_total")
+    __slots__ = ("coordinator_id", "pid", "node_id", "address", "state", "map_epoch", "num_running", "num_waiting", "kv_blocks_total", "kv_blocks_free", "kv_block_size", "steps_total", "prompt_tokens_total", "generated_tokens_total", "preemptions_total", "expert_retries_total", "load", "window_load", "kernel", "numerics_domain", "detail", "weight_bytes", "max_model_len", "weights_id", "step_s_total", "prepare_s_total", "attention_s_total", "router_s_total", "dispatch_s_total", "combine_s_total", "head_s_total", "expert_wait_s_total", "sampling_s_total", "expert_compute_us_total", "expert_queue_us_total", "wire_messages_total", "wire_bytes_sent_total", "wire_bytes_received_total", "draft_tokens_total", "accepted_draft_tokens_total")
     COORDINATOR_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,20 @@ class SnapshotReply(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    COMBINE_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HEAD_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_WAIT_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_S_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_COMPUTE_US_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_QUEUE_US_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WIRE_MESSAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_SENT_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_RECEIVED_TOTAL_FIELD_NUMBER: _ClassVar[int]
     DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     coordinator_id: str
@@ -227,6 +241,20 @@ class SnapshotReply(_message.Message):
     weight_bytes: int
     max_model_len: int
     weights_id: str
+    step_s_total: float
+    prepare_s_total: float
+    attention_s_total: float
+    router_s_total: float
+    dispatch_s_total: float
+    combine_s_total: float
+    head_s_total: float
+    expert_wait_s_total: float
+    sampling_s_total: float
+    expert_compute_us_total: int
+    expert_queue_us_total: int
+    wire_messages_total: int
+    wire_bytes_sent_total: int
+    wire_bytes_received_total: int
     draft_tokens_total: int
     accepted_draft_tokens_total: int
-    def __init__(self, coordinator_id: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., map_epoch: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., steps_total: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., expert_retries_total: _Optional[int] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., window_load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., kernel: _Optional[str] = ..., numerics_domain: _Optional[str] = ..., detail: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., max_model_len: _Optional[int] = ..., weights_id: _Optional[str] = ..., draft_tokens_total: _Optional[int] = ..., accepted_draft_tokens_total: _Optional[int] = ...) -> None: ...
+    def __init__(self, coordinator_id: _Optional[str] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., map_epoch: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., steps_total: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., expert_retries_total: _Optional[int] = ..., load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., window_load: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., kernel: _Optional[str] = ..., numerics_domain: _Optional[str] = ..., detail: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., max_model_len: _Optional[int] = ..., weights_id: _Optional[str] = ..., step_s_total: _Optional[float] = ..., prepare_s_total: _Optional[float] = ..., attention_s_total: _Optional[float] = ..., router_s_total: _Optional[float] = ..., dispatch_s_total: _Optional[float] = ..., combine_s_total: _Optional[float] = ..., head_s_total: _Optional[float] = ..., expert_wait_s_total: _Optional[float] = ..., sampling_s_total: _Optional[float] = ..., expert_compute_us_total: _Optional[int] = ..., expert_queue_us_total: _Optional[int] = ..., wire_messages_total: _Optional[int] = ..., wire_bytes_sent_total: _Optional[int] = ..., wire_bytes_received_total: _Optional[int] = ..., draft_tokens_total: _Optional[int] = ..., accepted_draft_tokens_total: _Optional[int] = ...) -> None: ...

@@ -200,8 +200,8 @@ class Coordinator:
         return 0 if current is None else current.epoch
 
     def _snapshot(self) -> SnapshotReply:
-        retries = 0 if self._experts is None else self._experts.stats.retries
-        return self._report.snapshot(self._model, self._engine, self._map_epoch(), retries)
+        stats = None if self._experts is None else self._experts.stats
+        return self._report.snapshot(self._model, self._engine, self._map_epoch(), stats)
 
 
 def _microbatches(config: ClusterConfig) -> MicrobatchChooser:

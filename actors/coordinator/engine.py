@@ -130,7 +130,10 @@ class Engine:
     async def _compute(self, batch: ScheduledBatch) -> list[GenerationOutput]:
         step = build_step(batch)
         logits_RV = await self._driver.forward(step.forward)
-        return self._conclude(batch, step, logits_RV)
+        began_s = time.perf_counter()
+        outputs = self._conclude(batch, step, logits_RV)
+        self.counters.sampling_s += time.perf_counter() - began_s
+        return outputs
 
     def _conclude(self, batch: ScheduledBatch, step: StepInput, logits_RV: Tensor) -> list[GenerationOutput]:
         """Samples, advances the sequences, and says what each got. Who has ended meanwhile gets nothing."""

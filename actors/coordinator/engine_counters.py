@@ -10,13 +10,15 @@ RECENT_STEPS = 256
 class EngineCounters:
     """Totals since start; times in seconds.
 
-    `expert_wait_s` is the part of `step_s` spent awaiting experts. `failed_steps` ended their sequences;
-    `dropped_steps` were given up because all their sequences had ended meanwhile.
+    `expert_wait_s` is the part of `step_s` spent awaiting experts, `sampling_s` that between logits and outputs.
+    `failed_steps` ended their sequences; `dropped_steps` were given up because all their sequences had ended
+    meanwhile.
     """
 
     steps: int = 0
     step_s: float = 0.0
     expert_wait_s: float = 0.0
+    sampling_s: float = 0.0
     failed_steps: int = 0
     dropped_steps: int = 0
     failed_sequences: int = 0

@@ -5,7 +5,9 @@ from typing import Any
 
 from actors.coordinator.engine import Engine
 from actors.coordinator.loading import LoadedModel, LoadProgress
+from actors.dispatch.remote_experts import RemoteStats
 from cluster.load import IntArray
+from model.phase_times import PhaseTimes
 from protos.coordinator_pb2 import LayerLoad, SnapshotReply
 
 
@@ -26,9 +28,9 @@ class CoordinatorReport:
         self.state, self.detail = state, detail
 
     def snapshot(
-        self, model: LoadedModel | None, engine: Engine | None, map_epoch: int, expert_retries: int
+        self, model: LoadedModel | None, engine: Engine | None, map_epoch: int, stats: RemoteStats | None
     ) -> SnapshotReply:
-        """What is known so far; a coordinator without a model or an engine leaves their fields at 0."""
+        """What is known so far; a coordinator without a model, an engine or experts leaves their fields at 0."""
         reply = SnapshotReply(
             coordinator_id=self.coordinator_id,
             pid=os.getpid(),
@@ -38,15 +40,17 @@ class CoordinatorReport:
             detail=self.detail,
             map_epoch=map_epoch,
             kv_block_size=self.block_size,
-            expert_retries_total=expert_retries,
         )
         if model is not None:
             reply.kernel = model.backbone.kernel
             reply.numerics_domain = model.backbone.numerics_domain
             reply.weight_bytes = model.backbone.weight_bytes
             reply.weights_id = model.weights_id
+            _add_phases(reply, model.backbone.times)
         if engine is not None:
             _add_engine(reply, engine)
+        if stats is not None:
+            _add_experts(reply, stats)
         return reply
 
     def info(self, snapshot: SnapshotReply) -> dict[str, Any]:
@@ -76,8 +80,30 @@ def _add_engine(reply: SnapshotReply, engine: Engine) -> None:
     reply.draft_tokens_total = scheduler.counters.draft_tokens
     reply.accepted_draft_tokens_total = scheduler.counters.accepted_draft_tokens
     reply.max_model_len = scheduler.max_model_len
+    reply.step_s_total = engine.counters.step_s
+    reply.expert_wait_s_total = engine.counters.expert_wait_s
+    reply.sampling_s_total = engine.counters.sampling_s
     reply.load.extend(_layers(load.total))
     reply.window_load.extend(_layers(load.window.load))
+
+
+def _add_phases(reply: SnapshotReply, times: PhaseTimes) -> None:
+    reply.prepare_s_total = times.prepare_s
+    reply.attention_s_total = times.attention_s
+    reply.router_s_total = times.router_s
+    reply.dispatch_s_total = times.dispatch_s
+    reply.combine_s_total = times.combine_s
+    reply.head_s_total = times.head_s
+
+
+def _add_experts(reply: SnapshotReply, stats: RemoteStats) -> None:
+    """All that is read of what dispatch counts."""
+    reply.expert_retries_total = stats.retries
+    reply.expert_compute_us_total = stats.compute_us
+    reply.expert_queue_us_total = stats.queue_us
+    reply.wire_messages_total = stats.wire.messages
+    reply.wire_bytes_sent_total = stats.wire.bytes_sent
+    reply.wire_bytes_received_total = stats.wire.bytes_received
 
 
 def _layers(load_LE: IntArray) -> list[LayerLoad]:

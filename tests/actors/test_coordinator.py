@@ -249,6 +249,23 @@ async def test_it_says_who_and_what_it_is(checkpoint: Path) -> None:
     assert len(snapshot.window_load) == LAYERS
 
 
+async def test_it_says_where_its_time_went_and_what_went_over_the_wire(checkpoint: Path) -> None:
+    async with cluster(checkpoint) as (_, client, _, _):
+        before = await client.snapshot()
+        assert len(tokens(await collect(client, 1, [5, 6, 7], 4))) == 4
+        after = await client.snapshot()
+    phases = ("prepare", "attention", "router", "dispatch", "combine", "head", "expert_wait", "sampling")
+    spent = {name: getattr(after, f"{name}_s_total") for name in phases}
+    assert all(seconds > 0 for seconds in spent.values()), spent
+    assert sum(spent.values()) <= after.step_s_total
+    assert after.expert_compute_us_total > 0
+    assert after.wire_messages_total == 4 * LAYERS * EXPERTS, "one to each expert in each layer of each step"
+    rows_bytes = (3 + 3) * LAYERS * 2 * 64 * 4  # rows to both experts of each layer, hidden size 64, fp32
+    for name in ("wire_bytes_sent_total", "wire_bytes_received_total"):
+        assert getattr(after, name) > getattr(before, name) + rows_bytes
+    assert before.step_s_total == before.sampling_s_total == before.wire_messages_total == 0
+
+
 async def test_an_older_map_or_one_of_another_model_is_refused(checkpoint: Path) -> None:
     async with cluster(checkpoint) as (_, client, _, infos):
         stale = await publish(client.address, the_map(0, infos[::-1]))
