@@ -32,6 +32,7 @@ MAX_REJECTIONS = 4
 
 _REJECTIONS = (pb.STATUS_INVALID, pb.STATUS_INTERNAL)  # said of the rows: asking for ever would not help
 _REJECTION_NAMES = frozenset(pb.Status.Name(status).removeprefix("STATUS_") for status in _REJECTIONS)
+_LANE_ROWS = 4096  # most rows of a message by a same-node lane: they do not travel, but a replica's queue is bounded
 _BLOCK_S = 0.05  # longest wait outside the event loop: probes and cancellations must get their turn
 
 
@@ -95,7 +96,7 @@ class ExpertRound:
     """Made for one layer's rows, which are sent at once; `result` is awaited once, or `abandon` called.
 
     `x_ND` are the routed rows, `parts` say which of them are for whom, `max_rows` how many of them may travel in
-    one message (those in shared memory do not travel).
+    one message (those in shared memory do not travel, and may be more).
     """
 
     def __init__(
@@ -168,33 +169,24 @@ class ExpertRound:
         chosen: dict[ReplicaLink, list[_Part]] = {}
         for asked in parts:
             link = self._pool.best(self._layer, asked.expert_id)
-            pieces = [asked] if link is not None and link.lane == "shm" else self._cut(asked)
-            made = [_Part(piece) for piece in pieces]
+            made = [_Part(piece) for piece in self._cut(asked, self._most(link))]
             self._missing += len(made)
             if link is None:
                 self._unsent += made
             else:
                 chosen.setdefault(link, []).extend(made)
         for link, batch in chosen.items():
-            for together in [batch] if link.lane == "shm" else self._packed(batch):
-                self._send(link, together).reply.when_done(partial(self._first_answer, self._messages[-1]))
+            for together in _packed(batch, self._most(link)):
+                self._send(link, together)
         self._stats.send_s += time.perf_counter() - began_s
 
-    def _cut(self, asked: ExpertRows) -> list[ExpertRows]:
-        start, stop, most = asked.rows.start, asked.rows.stop, self._max_rows
-        return [ExpertRows(asked.expert_id, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
+    def _most(self, link: ReplicaLink | None) -> int:
+        """Rows of a message to this replica."""
+        return _LANE_ROWS if link is not None and link.lane == "shm" else self._max_rows
 
-    def _packed(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-        """Parts in order, as many to a message as fit."""
-        together: list[_Part] = []
-        rows = 0
-        for part in parts:
-            if together and rows + part.asked.num_rows > self._max_rows:
-                yield together
-                together, rows = [], 0
-            together.append(part)
-            rows += part.asked.num_rows
-        yield together
+    def _cut(self, asked: ExpertRows, most: int) -> list[ExpertRows]:
+        start, stop = asked.rows.start, asked.rows.stop
+        return [ExpertRows(asked.expert_id, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
 
     def _send(self, link: ReplicaLink, parts: Sequence[_Part]) -> _Message:
         request = ExpertRequest(
@@ -206,9 +198,11 @@ class ExpertRound:
         )
         message = _Message(parts, link, self._loop.time(), link.send(request))
         self._messages.append(message)
+        message.reply.when_done(partial(self._arrive, message))
         return message
 
-    def _first_answer(self, message: _Message, reply: PendingReply) -> None:
+    def _arrive(self, message: _Message, reply: PendingReply) -> None:
+        """Takes the answer now, whoever waits for it: a turn of the loop later its memory may be used again."""
         if self._ended or reply.cancelled():
             return
         failure = self._take(message)
@@ -220,10 +214,8 @@ class ExpertRound:
     def _take(self, message: _Message) -> _Failure | None:
         """Copies an answer into the output, or says why there is none."""
         answer = message.reply.outcome()
-        if isinstance(answer, TransportError):
-            return _Failure("CONNECTION", str(answer))
-        if answer.status != pb.STATUS_OK or answer.output is None:
-            return _Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)
+        if isinstance(answer, TransportError) or answer.output is None:
+            return self._failure(message)
         self._stats.compute_us += answer.compute_us
         self._stats.queue_us += answer.queue_us
         at = 0
@@ -234,6 +226,13 @@ class ExpertRound:
                 self._note_answered(part)
             at += count
         return None
+
+    def _failure(self, message: _Message) -> _Failure:
+        """Why there is no answer."""
+        answer = message.reply.outcome()
+        if isinstance(answer, TransportError):
+            return _Failure("CONNECTION", str(answer))
+        return _Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)
 
     def _note_answered(self, part: _Part) -> None:
         part.answered = True
@@ -295,7 +294,20 @@ class ExpertRound:
                 self._note(part, message, failure)
                 link = await self._next_link(part, message, failure, pause)
                 self._stats.retries += message is not None
+                if part.asked.num_rows > self._most(link):
+                    return self._send_in_pieces(link, part)
                 message, failure = self._send(link, [part]), None
+        return None
+
+    def _send_in_pieces(self, link: ReplicaLink, part: _Part) -> None:
+        """Rows that were in shared memory have to travel, and are too many for one message."""
+        pieces = [_Part(asked, tried=set(part.tried)) for asked in self._cut(part.asked, self._most(link))]
+        part.answered = True  # whatever comes for all of it at once, its pieces are waited for
+        self._missing += len(pieces) - 1
+        for piece in pieces:
+            message = self._send(link, [piece])
+            if not piece.answered and piece.pursuit is None:
+                self._start_pursuit(piece, message, None)
 
     async def _outcome(self, part: _Part, message: _Message) -> _Failure | None:
         """Waits for the attempt under way; leaves it when it takes long and somebody else can do it."""
@@ -305,15 +317,10 @@ class ExpertRound:
             overdue_s = self._loop.time() - message.sent_s - self._patience.attempt_s
             if overdue_s >= 0 and self._others(part, message):
                 message.left = True
-                message.reply.when_done(partial(self._late_answer, message))
                 return _Failure("SLOW", f"no answer within {self._patience.attempt_s:g} s")
             wait_s = -overdue_s if overdue_s < 0 else self._patience.attempt_s
             await message.reply.wait(min(wait_s, self._remaining_s()))
-        return None if part.answered else self._take(message)
-
-    def _late_answer(self, message: _Message, reply: PendingReply) -> None:
-        if not self._ended and not reply.cancelled():
-            self._take(message)
+        return None if part.answered else self._failure(message)
 
     def _note(self, part: _Part, message: _Message | None, failure: _Failure) -> None:
         """Counts a failure and remembers who it was. Raises ExpertUnavailable when it is final."""
@@ -358,3 +365,16 @@ class ExpertRound:
 
     def _remaining_s(self) -> float:
         return self._deadline_s - self._loop.time()
+
+
+def _packed(parts: Sequence[_Part], most: int) -> Iterator[list[_Part]]:
+    """Parts in order, as many to a message as its `most` rows allow."""
+    together: list[_Part] = []
+    rows = 0
+    for part in parts:
+        if together and rows + part.asked.num_rows > most:
+            yield together
+            together, rows = [], 0
+        together.append(part)
+        rows += part.asked.num_rows
+    yield together
