@@ -78,7 +78,12 @@ class SharedRows:
         return offset // row_bytes
 
     def close(self) -> None:
-        """Gives the descriptor back; the mapping goes when the last tensor over it does."""
+        """Gives everything back, the memory when the last slice of it has gone, too."""
+        self.unshare()
+        self.tensor = torch.empty(0, self.width)
+
+    def unshare(self) -> None:
+        """Gives the descriptor back: who has not been sent it yet never will be. The memory stays."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -226,6 +226,7 @@ class LaneTransport:
         self.closed.set()
         self._doorbells.remove(self._doorbell.fileno())
         self._doorbell.close()
+        self._replies.close()
         pending, self._pending = self._pending, {}
         for one in pending.values():
             one.reply.end(TransportError(reason))
@@ -260,7 +261,7 @@ class LaneMemory:
             doorbell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             replies = SharedRows.create(self.num_replies, self.rows.region.width)
             await self._greet(doorbell, endpoint, ticket, replies, timeout_s)
-            replies.close()  # the replica has it; the mapping stays
+            replies.unshare()  # the replica has it
             return LaneTransport(replica_id, doorbell, self.rows, replies, self.doorbells, counters)
         except BaseException as error:  # a cancelled one gives everything back, too
             if doorbell is not None:
@@ -290,7 +291,7 @@ class LaneMemory:
 
     def close(self) -> None:
         self.doorbells.close()
-        self.rows.region.close()
+        self.rows.region.unshare()  # rounds that end later give their rows back
 
 
 __all__ = ["LaneDoorbells", "LaneMemory", "LaneTransport", "RegionError"]
