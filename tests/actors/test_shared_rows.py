@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import os
 import subprocess
 import sys
@@ -111,17 +110,17 @@ def test_a_size_that_no_machine_has_is_refused_and_nothing_stays_open() -> None:
 
 
 def test_nothing_of_a_region_stays() -> None:
-    gc.collect()
     descriptors, regions = num_descriptors(), num_regions()
     for _ in range(20):
         mine = SharedRows.create(100, 4)
         theirs = SharedRows.adopt(os.dup(mine.fd), 100, 4)
-        mine.close()
-        mine.close()
-        theirs.close()
+        mine.unshare()
+        mine.unshare()
     assert num_regions() > regions
     rows = mine.tensor[3:5]
-    del mine, theirs
+    mine.close()
+    mine.close()
+    theirs.close()
     assert (num_descriptors(), num_regions()) == (descriptors + 1, regions + 1)
     rows += 1  # a tensor keeps the memory
     del rows
