@@ -895,6 +895,33 @@ def test_a_lane_that_is_lost_is_replaced_by_what_the_replica_offers_then() -> No
     run(work())
 
 
+def test_many_rounds_in_little_shared_memory_are_all_exact() -> None:
+    """Rows and answers lie wherever there is room, are copied in, are refused and sent again: never mixed up."""
+
+    async def work() -> None:
+        mine = LaneMemory.create(24, WIDTH, 10)
+        experts = RemoteExperts(Attacher(credentials(), mine, lane_only=True), lanes=mine)
+        async with (
+            served(FakeColumn(0), FakeColumn(1), experts=[0, 1], replica_id="a") as one,
+            served(FakeColumn(2), experts=[2], replica_id="b") as two,
+        ):
+            experts.apply_map(map_of(one.info(), two.info(), experts=3))
+            await experts.wait_ready(10, all_replicas=True)
+            plans = [plan_of([1 + seed % 4, seed % 3, seed % 5], seed) for seed in range(40)]
+            rounds = [experts.start(seed % 2, plan) for seed, plan in enumerate(plans)]  # all at once
+            answers = await asyncio.gather(*(one.result() for one in rounds))
+            for seed, (plan, rows) in enumerate(zip(plans, answers, strict=True)):
+                pieces = [answer(expert, seed % 2, plan.x_ND[plan.rows(expert)]) for expert in range(3)]
+                assert torch.equal(rows, torch.cat(pieces))
+            assert experts.stats.retry_reasons["OVERLOADED"] > 0
+            wire = experts.stats.wire
+            assert (wire.lane_messages, wire.corrupt_replies) == (wire.messages, 0)
+            assert mine.rows.take(24) is not None
+            await experts.close()
+
+    run(work())
+
+
 # ---- real processes ------------------------------------------------------------------------------------------
 
 HIDDEN = 32
