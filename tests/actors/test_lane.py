@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
@@ -35,8 +36,7 @@ from actors.expert.lane_server import HELLO_S, MAX_LANES, MAX_TICKETS, TICKET_S,
 from actors.expert.service import SERVICE
 from actors.machine import machine_id, same_user
 from actors.shared_rows import SharedRows
-from cluster.expert_map import ReplicaInfo
-from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
+from cluster.ids import ReplicaId
 from model.dispatch import DispatchPlan
 from protos import expert_pb2 as pb
 from protos.lane import MAX_FRAME_BYTES, TICKET_BYTES, Hello, LaneReply, LaneRequest, Segment, is_welcome, welcome
@@ -389,17 +389,20 @@ def test_rows_that_a_kernel_chokes_on_are_an_error_and_nothing_else() -> None:
 # ---- tickets, hellos and frames of peers that lie -----------------------------------------------------------
 
 
+async def ask_for_a_lane(channel: grpc.aio.Channel, **said: Any) -> pb.AttachReply:
+    ask: Any = channel.unary_unary(f"/{SERVICE}/Attach", pb.AttachRequest.SerializeToString, pb.AttachReply.FromString)
+    request = pb.AttachRequest(**{"machine_id": machine_id(), "lanes": ["shm", "grpc"], **said})
+    reply: pb.AttachReply = await ask(request)
+    return reply
+
+
 def test_a_peer_elsewhere_is_offered_grpc() -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, channel_to(there.server.address) as channel:
-            ask: Any = channel.unary_unary(
-                f"/{SERVICE}/Attach", pb.AttachRequest.SerializeToString, pb.AttachReply.FromString
-            )
             for machine in ("", "elsewhere", machine_id() + "x"):
-                reply = await ask(pb.AttachRequest(machine_id=machine, lanes=["shm", "grpc"]))
-                assert reply == pb.AttachReply(lane="grpc")
-            assert (await ask(pb.AttachRequest(machine_id=machine_id(), lanes=["grpc"]))).lane == "grpc"
-            here = await ask(pb.AttachRequest(machine_id=machine_id(), lanes=["shm", "grpc"]))
+                assert await ask_for_a_lane(channel, machine_id=machine) == pb.AttachReply(lane="grpc")
+            assert (await ask_for_a_lane(channel, lanes=["grpc"])).lane == "grpc"
+            here = await ask_for_a_lane(channel)
             assert (here.lane, len(here.ticket)) == ("shm", TICKET_BYTES)
             assert here.endpoint
 
@@ -956,8 +959,10 @@ def test_a_killed_expert_is_noticed_at_once_and_leaves_nothing_here(arguments: d
 async def killed_expert(arguments: dict[str, Any], mine: LaneMemory) -> None:
     process, facts = await expert_process.spawn(**arguments)
     try:
-        lane = Attacher(credentials(), mine, lane_only=True)
-        transport = await lane(entry(facts), WireCounters(), 20)
+        async with channel_to(facts["address"]) as channel:
+            offer = await ask_for_a_lane(channel)
+        # Without the health watch: the doorbell alone must tell.
+        transport = await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 20)
         x_ND = torch.ones(4, HIDDEN)
         assert (await transport.forward(question(x_ND))).status == pb.STATUS_OK
         process.kill()
@@ -968,20 +973,6 @@ async def killed_expert(arguments: dict[str, Any], mine: LaneMemory) -> None:
         await transport.close()
     finally:
         await expert_process.end(process)
-
-
-def entry(facts: dict[str, Any]) -> ReplicaInfo:
-    """A settled actor's entry in a map."""
-    assert facts["state"] == "ready", facts["detail"]
-    return ReplicaInfo(
-        replica_id=ReplicaId(facts["replica_id"]),
-        expert_ids=(ExpertId(0),),
-        first_layer=LayerId(0),
-        num_layers=2,
-        address=facts["address"],
-        node_id=NodeId("node"),
-        numerics_domain=facts["numerics_domain"],
-    )
 
 
 def test_a_killed_coordinator_leaves_nothing_at_the_expert(arguments: dict[str, Any]) -> None:
