@@ -15,8 +15,6 @@ import torch
 
 from protos.lane import as_rows, region_bytes
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
 
 class RegionError(OSError):
     """A region that cannot be made, or a descriptor that is not what its sender says."""
@@ -24,33 +22,38 @@ class RegionError(OSError):
 
 def supported() -> bool:
     """Whether this system has anonymous, sealable shared memory."""
-    return hasattr(os, "memfd_create")
+    return hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
 
 
 class SharedRows:
-    """(num_rows, width) fp32. `create` makes a region, `adopt` maps one whose descriptor a peer sent."""
+    """(num_rows, width) fp32. `create` makes a region, `adopt` maps one whose descriptor a peer sent.
+
+    `fd` is there to be sent, -1 where it is not needed: the mapping has a descriptor of its own.
+    """
 
     def __init__(self, fd: int, num_rows: int, width: int) -> None:
-        self.fd = fd
         self.num_rows = num_rows
         self.width = width
-        self._map = mmap.mmap(fd, region_bytes(num_rows, width))
-        self.tensor = as_rows(memoryview(self._map), width)
+        self.tensor = as_rows(memoryview(mmap.mmap(fd, region_bytes(num_rows, width))), width)
+        self.fd = fd
 
     @classmethod
     def create(cls, num_rows: int, width: int) -> "SharedRows":
         """Raises RegionError where the system refuses."""
+        fd = -1
         try:
             fd = os.memfd_create("octavo-rows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, region_bytes(num_rows, width))
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except (OSError, AttributeError) as error:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, num_rows, width)
+        except (OSError, AttributeError, ValueError, OverflowError) as error:
+            if fd >= 0:
+                os.close(fd)
             raise RegionError(f"no shared memory for {num_rows} rows of {width}: {error}") from None
-        return cls(fd, num_rows, width)
 
     @classmethod
     def adopt(cls, fd: int, num_rows: int, width: int) -> "SharedRows":
-        """Takes over `fd`. Raises RegionError, and closes it, unless it is sealed and as large as claimed."""
+        """Maps `fd` and closes it in any case. Raises RegionError unless it is sealed and as large as claimed."""
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             size, claimed = os.fstat(fd).st_size, region_bytes(num_rows, width)
@@ -58,10 +61,13 @@ class SharedRows:
                 raise RegionError("a region that could shrink")
             if size != claimed:
                 raise RegionError(f"a region of {size} bytes, said to have {claimed}")
-            return cls(fd, num_rows, width)
-        except OSError as error:
-            os.close(fd)
+            region = cls(fd, num_rows, width)
+            region.fd = -1
+            return region
+        except (OSError, AttributeError, ValueError, OverflowError) as error:
             raise error if isinstance(error, RegionError) else RegionError(f"no region: {error}") from None
+        finally:
+            os.close(fd)
 
     def place(self, rows_MD: torch.Tensor) -> int | None:
         """The row at which `rows_MD`, a slice of this region's tensor, begins; None for any other tensor."""
@@ -72,7 +78,12 @@ class SharedRows:
         return offset // row_bytes
 
     def close(self) -> None:
-        """Gives the descriptor back; the mapping goes when the last tensor over it does."""
+        """Gives everything back, the memory when the last slice of it has gone, too."""
+        self.unshare()
+        self.tensor = torch.empty(0, self.width)
+
+    def unshare(self) -> None:
+        """Gives the descriptor back: who has not been sent it yet never will be. The memory stays."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -93,7 +104,8 @@ class RowSpace:
         self._taken: list[tuple[int, int]] = []
 
     def take(self, count: int) -> int | None:
-        """The first of `count` free rows, None when there is no such place."""
+        """The first of `count` free rows, at least one; None when there is no such place."""
+        assert count > 0, f"a place of {count} rows"
         at = 0
         for start, stop in self._taken:
             if start - at >= count:
@@ -126,8 +138,8 @@ class RowsPool:
         self._space = RowSpace(region.num_rows)
 
     def take(self, count: int) -> torch.Tensor | None:
-        """(count, width) to be filled; None where the region is full. Give it back with `free`."""
-        first = self._space.take(count)
+        """(count, width) to be filled; None where there is no room. Give it back with `free`."""
+        first = self._space.take(count) if count > 0 else None  # no rows are at no place
         return None if first is None else self.region.tensor[first : first + count]
 
     def free(self, rows_ND: torch.Tensor) -> None:

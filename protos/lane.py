@@ -104,6 +104,8 @@ class LaneRequest(NamedTuple):
         sequence, layer, count, epoch, deadline, reply_row = _REQUEST.unpack_from(frame)
         if not 1 <= count <= MAX_SEGMENTS or len(frame) != _REQUEST.size + count * _SEGMENT.size:
             raise CodecError(STATUS_CORRUPT, f"{count} segments in a frame of {len(frame)} bytes", sequence)
+        if sequence == 0:
+            raise CodecError(STATUS_INVALID, "a request's sequence number must not be 0")
         flat = _SEGMENTS[count].unpack_from(frame, _REQUEST.size)
         segments = tuple([Segment(*flat[at : at + 3]) for at in range(0, 3 * count, 3)])
         total = 0
@@ -127,8 +129,9 @@ class LaneReply(NamedTuple):
     detail: str = ""
 
     def pack(self) -> bytes:
-        detail = self.detail.encode()[:MAX_DETAIL_BYTES]
-        return _REPLY.pack(self.sequence, self.status, min(self.compute_us, _MAX_U32), self.queue_us) + detail
+        detail = self.detail.encode(errors="replace")[:MAX_DETAIL_BYTES]
+        compute_us, queue_us = min(self.compute_us, _MAX_U32), min(self.queue_us, _MAX_U32)
+        return _REPLY.pack(self.sequence, self.status, compute_us, queue_us) + detail
 
     @classmethod
     def unpack(cls, frame: bytes) -> "LaneReply":

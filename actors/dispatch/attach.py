@@ -8,6 +8,7 @@ operator has forced the lane.
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -27,7 +28,7 @@ NUM_CHANNELS = 3
 """Connections to a replica over gRPC: one for small messages, the others for large ones."""
 
 _INFO_TIMEOUT_S = 5.0
-_LANE_TIMEOUT_S = 5.0
+_LANE_TIMEOUT_S = 30.0  # a replica says welcome between two jobs; over gRPC rows would wait for the same job
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Attacher:
                 lane = await self.lanes.connect(
                     replica.replica_id, agreed.endpoint, agreed.ticket, counters, _LANE_TIMEOUT_S
                 )
-                lane.guard(_watch(channel))
+                lane.guard(partial(_watch, channel), channel.close)
                 return lane
             except TransportError as error:
                 LOG.warning("%s; falling back to gRPC", error)
@@ -116,5 +117,3 @@ async def _watch(channel: grpc.aio.Channel) -> str:
         return "the replica ended its health watch"
     except grpc.aio.AioRpcError as error:
         return said(error)
-    finally:
-        await channel.close()

@@ -22,13 +22,13 @@ from actors.dispatch.merging import MergedRows, merge
 from actors.dispatch.pursuit import Pursuer
 from actors.dispatch.replica_link import ReplicaLink
 from actors.dispatch.replica_pool import ReplicaPool
-from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats
+from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats, failure_of
 from actors.dispatch.transport import ExpertRequest, ExpertRows, PendingReply, TransportError
 from model.dispatch import Answers, DispatchPlan, WeightedAnswers
-from protos import expert_pb2 as pb
 
 LOG = logging.getLogger(__name__)
 
+_LANE_ROWS = 4096  # most rows of a message by a same-node lane: they do not travel, but a replica's queue is bounded
 _BLOCK_S = 0.05  # longest wait outside the event loop: probes and cancellations must get their turn
 
 
@@ -36,7 +36,7 @@ class ExpertRound:
     """Made for one layer's rows, which are sent at once; `result` is awaited once, or `abandon` called.
 
     `x_ND` are the routed rows of `plan`, `max_rows` is how many of them may travel in one message (those in shared
-    memory do not travel).
+    memory do not travel, and may be more).
     """
 
     def __init__(
@@ -70,9 +70,7 @@ class ExpertRound:
             patience,
             layer,
             self._deadline_s,
-            send=self._send_again,
-            take=self._take,
-            late=self._late_answer,
+            self._send_again,
         )
         self._messages: list[Message] = []
         self._unsent: list[Part] = []
@@ -125,45 +123,36 @@ class ExpertRound:
             chosen.setdefault(self._pool.best(self._layer, asked.expert_id), []).append(asked)
         for link, batch in chosen.items():
             if link is None:
-                self._unsent = [Part(piece) for asked in batch for piece in self._cut(asked)]
+                self._unsent = [Part(piece) for asked in batch for piece in self._cut(asked, self._max_rows)]
                 self._missing += len(self._unsent)
                 continue
             for together, merged in self._messages_for(link, batch):
                 self._missing += len(together)
-                message = self._send(link, together, merged)
-                message.reply.when_done(partial(self._first_answer, message))
+                self._send(link, together, merged)
         self._stats.send_s += time.perf_counter() - began_s
 
     def _messages_for(
         self, link: ReplicaLink, batch: Sequence[ExpertRows]
     ) -> Iterator[tuple[list[Part], MergedRows | None]]:
-        """What is in shared memory goes as it is; what travels, merged where that saves bytes, else cut to size."""
-        if link.lane == "shm":
-            yield [Part(asked) for asked in batch], None
-            return
+        """What travels is merged where that saves bytes; everything else is cut to size."""
         several = link.lane == "grpc" and len(batch) > 1
         merged = merge(self._plan, [asked.expert_id for asked in batch], self._max_rows) if several else []
         for one in merged:
             yield [Part(asked) for asked in one.parts], one
         if not merged:
-            pieces = [Part(piece) for asked in batch for piece in self._cut(asked)]
-            yield from ((together, None) for together in self._packed(pieces))
+            most = self._most(link)
+            pieces = [Part(piece) for asked in batch for piece in self._cut(asked, most)]
+            yield from ((together, None) for together in _packed(pieces, most))
 
-    def _cut(self, asked: ExpertRows) -> list[ExpertRows]:
-        start, stop, most = asked.rows.start, asked.rows.stop, self._max_rows
+    def _most(self, link: ReplicaLink) -> int:
+        """Rows of a message to this replica."""
+        return _LANE_ROWS if link.lane == "shm" else self._max_rows
+
+    def _cut(self, asked: ExpertRows, most: int) -> list[ExpertRows]:
+        start, stop = asked.rows.start, asked.rows.stop
+        if stop - start <= most:
+            return [asked]
         return [ExpertRows(asked.expert_id, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
-
-    def _packed(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
-        """Parts in order, as many to a message as fit."""
-        together: list[Part] = []
-        rows = 0
-        for part in parts:
-            if together and rows + part.asked.num_rows > self._max_rows:
-                yield together
-                together, rows = [], 0
-            together.append(part)
-            rows += part.asked.num_rows
-        yield together
 
     def _send(self, link: ReplicaLink, parts: Sequence[Part], merged: MergedRows | None = None) -> Message:
         request = ExpertRequest(
@@ -176,12 +165,25 @@ class ExpertRound:
         )
         message = Message(parts, link, self._loop.time(), link.send(request), merged)
         self._messages.append(message)
+        message.reply.when_done(partial(self._arrive, message))
         return message
 
-    def _send_again(self, link: ReplicaLink, part: Part) -> Message:
-        return self._send(link, [part])
+    def _send_again(self, link: ReplicaLink, part: Part) -> Message | None:
+        """None when the part goes in pieces: rows that were in shared memory now travel, and are too many for one."""
+        most = self._most(link)
+        if part.asked.num_rows <= most:
+            return self._send(link, [part])
+        pieces = [Part(asked, tried=set(part.tried)) for asked in self._cut(part.asked, most)]
+        part.answered = True  # whatever comes for all of it at once, its pieces are waited for
+        self._missing += len(pieces) - 1
+        for piece in pieces:
+            message = self._send(link, [piece])
+            if not piece.answered and piece.pursuit is None:
+                self._start_pursuit(piece, message, None)
+        return None
 
-    def _first_answer(self, message: Message, reply: PendingReply) -> None:
+    def _arrive(self, message: Message, reply: PendingReply) -> None:
+        """Takes the answer now, whoever waits for it: a turn of the loop later its memory may be used again."""
         if self._ended or reply.cancelled():
             return
         failure = self._take(message)
@@ -193,10 +195,8 @@ class ExpertRound:
     def _take(self, message: Message) -> Failure | None:
         """Copies an answer into the output, or says why there is none."""
         answer = message.reply.outcome()
-        if isinstance(answer, TransportError):
-            return Failure("CONNECTION", str(answer))
-        if answer.status != pb.STATUS_OK or answer.output is None:
-            return Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)
+        if isinstance(answer, TransportError) or answer.output is None:
+            return failure_of(message)
         self._stats.compute_us += answer.compute_us
         self._stats.queue_us += answer.queue_us
         return self._put(message, answer.output)
@@ -204,7 +204,7 @@ class ExpertRound:
     def _put(self, message: Message, output: torch.Tensor) -> Failure | None:
         if message.merged is not None:
             if any(part.answered for part in message.parts):
-                return Failure("LATE", "somebody else has answered for a part of it")
+                return failure_of(message)
             if self._weights_TK is None:
                 self._weights_TK = self._plan.weights_TK.to("cpu", copy=True)
             message.merged.unpack(output, self._output_ND, self._weights_TK)
@@ -270,10 +270,6 @@ class ExpertRound:
             self._error = self._error or error
             self._finish()
 
-    def _late_answer(self, message: Message) -> None:
-        if not self._ended:
-            self._take(message)
-
 
 def _rows_by_expert(plan: DispatchPlan) -> list[ExpertRows]:
     parts: list[ExpertRows] = []
@@ -283,3 +279,16 @@ def _rows_by_expert(plan: DispatchPlan) -> list[ExpertRows]:
             parts.append(ExpertRows(expert, slice(start, start + count)))
         start += count
     return parts
+
+
+def _packed(parts: Sequence[Part], most: int) -> Iterator[list[Part]]:
+    """Parts in order, as many to a message as its `most` rows allow."""
+    together: list[Part] = []
+    rows = 0
+    for part in parts:
+        if together and rows + part.asked.num_rows > most:
+            yield together
+            together, rows = [], 0
+        together.append(part)
+        rows += part.asked.num_rows
+    yield together

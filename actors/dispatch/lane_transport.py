@@ -9,10 +9,13 @@ import asyncio
 import logging
 import select
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
+import torch
+
 from actors.dispatch.transport import ExpertReply, ExpertRequest, PendingReply, TransportError, WireCounters
+from actors.machine import same_user
 from actors.shared_rows import RegionError, RowSpace, RowsPool, SharedRows
 from protos import expert_pb2 as pb
 from protos.codec import CodecError
@@ -30,9 +33,9 @@ class LaneDoorbells:
         self._loop = asyncio.get_running_loop()
 
     def add(self, fd: int, receive: Callable[[], None]) -> None:
-        """`receive` is called when `fd` can be read."""
-        self._receivers[fd] = receive
+        """`receive` is called when `fd` can be read. Raises OSError or ValueError, and forgets `fd`, if it cannot."""
         self._poll.register(fd, select.EPOLLIN)
+        self._receivers[fd] = receive
         self._loop.add_reader(fd, receive)
 
     def remove(self, fd: int) -> None:
@@ -57,9 +60,12 @@ class LaneDoorbells:
 
 @dataclass(slots=True)
 class _Pending:
+    """`copied` are rows that were not in shared memory: their copy there, to be given back."""
+
     reply: PendingReply
     first_row: int
     num_rows: int
+    copied: torch.Tensor | None
 
 
 class LaneTransport:
@@ -89,52 +95,99 @@ class LaneTransport:
         self._sequence = 0
         self._row_bytes = region_bytes(1, replies.width)
         self._watch: asyncio.Task[None] | None = None
+        self._on_close: Callable[[], Awaitable[None]] | None = None
         doorbells.add(doorbell.fileno(), self._receive)
 
     def forward(self, request: ExpertRequest) -> PendingReply:
-        """See ExpertTransport. Rows that are not in shared memory, or for which there is no room, are a failure."""
+        """See ExpertTransport. Where there is no room in shared memory now, the replica is called overloaded.
+
+        Raises ValueError for rows of another width.
+        """
         reply = PendingReply()
         if self.closed.is_set():
             reply.end(TransportError(self.reason))
             return reply
         num_rows = request.num_rows
-        base = self._rows.region.place(request.x_ND)
-        first_reply = None if base is None else self._space.take(num_rows)
-        if base is None or first_reply is None or len(request.parts) > MAX_SEGMENTS:
+        segments, copied = self._place(request)
+        first_reply = self._space.take(num_rows) if segments else None
+        if first_reply is None or len(segments) > MAX_SEGMENTS:
+            self._give_back(first_reply, copied)
             reply.end(ExpertReply(pb.STATUS_OVERLOADED, f"no room for {num_rows} rows in shared memory"))
             return reply
         self._sequence += 1
         frame = LaneRequest(
-            self._sequence,
-            request.layer_id,
-            request.map_epoch,
-            request.deadline_unix_us,
-            first_reply,
-            tuple([Segment(part.expert_id, base + part.rows.start, part.num_rows) for part in request.parts]),
+            self._sequence, request.layer_id, request.map_epoch, request.deadline_unix_us, first_reply, segments
         ).pack()
-        self._pending[self._sequence] = _Pending(reply, first_reply, num_rows)
+        self._pending[self._sequence] = _Pending(reply, first_reply, num_rows, copied)
         self._counters.messages += 1
         self._counters.lane_messages += 1
         self._counters.bytes_sent += len(frame) + num_rows * self._row_bytes
-        try:
-            self._doorbell.send(frame)
-        except OSError as error:
-            self._end(f"the doorbell is broken: {error}")
+        self._ring(frame)
         return reply
 
-    def guard(self, watch: Coroutine[None, None, str]) -> None:
-        """Ends the lane with the reason that `watch` returns: a frozen process keeps its doorbell open."""
+    def guard(self, watch: Callable[[], Coroutine[None, None, str]], on_close: Callable[[], Awaitable[None]]) -> None:
+        """Ends the lane with the reason that `watch` returns: a frozen process keeps its doorbell open.
+
+        `on_close`, which gives back what `watch` needs, is awaited by `close`.
+        """
+        self._on_close = on_close
         self._watch = asyncio.create_task(self._guard(watch))
 
     async def close(self) -> None:
         """See ExpertTransport."""
         self._end("closed here")
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        on_close, self._on_close = self._on_close, None
+        try:
+            if self._watch is not None:
+                self._watch.cancel()
+                await asyncio.gather(self._watch, return_exceptions=True)
+        finally:
+            if on_close is not None:
+                await on_close()
 
-    async def _guard(self, watch: Coroutine[None, None, str]) -> None:
-        self._end(await watch)
+    async def _guard(self, watch: Callable[[], Coroutine[None, None, str]]) -> None:
+        reason = "nobody watches the replica any more"
+        try:
+            reason = await watch()
+        finally:
+            self._end(reason)
+
+    def _place(self, request: ExpertRequest) -> tuple[tuple[Segment, ...], torch.Tensor | None]:
+        """Where the rows lie in shared memory, and the copy of those that did not; no segments without room."""
+        base = self._rows.region.place(request.x_ND)
+        if base is not None:
+            return tuple([Segment(one.expert_id, base + one.rows.start, one.num_rows) for one in request.parts]), None
+        if request.x_ND.shape[1:] != (self._replies.width,):
+            raise ValueError(
+                f"rows of shape {tuple(request.x_ND.shape)}, this lane's have {self._replies.width} elements"
+            )
+        copied = self._rows.take(request.num_rows)
+        if copied is None:
+            return (), None
+        copied.copy_(request.x_MD)
+        at = self._rows.region.place(copied)
+        assert at is not None, "a copy that lies elsewhere"
+        segments = []
+        for part in request.parts:
+            segments.append(Segment(part.expert_id, at, part.num_rows))
+            at += part.num_rows
+        return tuple(segments), copied
+
+    def _ring(self, frame: bytes) -> None:
+        try:
+            self._doorbell.send(frame)
+        except BlockingIOError:  # the replica is at a long computation, and has not read very many frames
+            pending = self._pending.pop(self._sequence)
+            self._give_back(pending.first_row, pending.copied)
+            pending.reply.end(ExpertReply(pb.STATUS_OVERLOADED, "the replica reads no frames"))
+        except OSError as error:
+            self._end(f"the doorbell is broken: {error}")
+
+    def _give_back(self, first_reply: int | None, copied: torch.Tensor | None) -> None:
+        if first_reply is not None:
+            self._space.free(first_reply)
+        if copied is not None:
+            self._rows.free(copied)
 
     def _receive(self) -> None:
         try:
@@ -161,8 +214,10 @@ class LaneTransport:
             output = self._replies.tensor[pending.first_row : stop]
         self._counters.bytes_received += num_bytes
         self._counters.late_replies += pending.reply.done()
-        pending.reply.end(ExpertReply(answer.status, answer.detail, output, answer.compute_us, answer.queue_us))
-        self._space.free(pending.first_row)
+        try:
+            pending.reply.end(ExpertReply(answer.status, answer.detail, output, answer.compute_us, answer.queue_us))
+        finally:
+            self._give_back(pending.first_row, pending.copied)
 
     def _end(self, reason: str) -> None:
         if self.closed.is_set():
@@ -175,6 +230,7 @@ class LaneTransport:
         pending, self._pending = self._pending, {}
         for one in pending.values():
             one.reply.end(TransportError(reason))
+            self._give_back(one.first_row, one.copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,35 +244,54 @@ class LaneMemory:
     @classmethod
     def create(cls, num_rows: int, width: int, num_replies: int) -> "LaneMemory":
         """Inside a running event loop. Raises RegionError."""
-        return cls(RowsPool(SharedRows.create(num_rows, width)), LaneDoorbells(), num_replies)
+        region = SharedRows.create(num_rows, width)
+        try:
+            return cls(RowsPool(region), LaneDoorbells(), num_replies)
+        except OSError as error:
+            region.close()
+            raise RegionError(f"no doorbells: {error}") from None
 
     async def connect(
         self, replica_id: str, endpoint: str, ticket: bytes, counters: WireCounters, timeout_s: float
     ) -> LaneTransport:
         """Opens the lane that a replica offers. Raises TransportError."""
-        doorbell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        doorbell: socket.socket | None = None
         replies: SharedRows | None = None
         try:
+            doorbell = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             replies = SharedRows.create(self.num_replies, self.rows.region.width)
-            async with asyncio.timeout(timeout_s):
-                doorbell.connect(f"\0{endpoint}")
-                region = self.rows.region
-                hello = Hello(ticket, region.width, region.num_rows, replies.num_rows)
-                socket.send_fds(doorbell, [hello.pack()], [region.fd, replies.fd])
-                answer = await asyncio.get_running_loop().sock_recv(doorbell, MAX_FRAME_BYTES)
-            if not is_welcome(answer):
-                raise TransportError("the replica closed the lane" if not answer else "not a welcome")
-        except (OSError, TimeoutError, TransportError) as error:
-            doorbell.close()
+            await self._greet(doorbell, endpoint, ticket, replies, timeout_s)
+            replies.unshare()  # the replica has it
+            return LaneTransport(replica_id, doorbell, self.rows, replies, self.doorbells, counters)
+        except BaseException as error:  # a cancelled one gives everything back, too
+            if doorbell is not None:
+                doorbell.close()
             if replies is not None:
                 replies.close()
-            said = "no welcome in time" if isinstance(error, TimeoutError) else str(error)
-            raise TransportError(f"lane to {replica_id}: {said}") from None
-        return LaneTransport(replica_id, doorbell, self.rows, replies, self.doorbells, counters)
+            if isinstance(error, OSError | ValueError | TransportError):
+                raise TransportError(f"lane to {replica_id}: {error}") from None
+            raise
+
+    async def _greet(
+        self, doorbell: socket.socket, endpoint: str, ticket: bytes, replies: SharedRows, timeout_s: float
+    ) -> None:
+        region = self.rows.region
+        hello = Hello(ticket, region.width, region.num_rows, replies.num_rows)
+        doorbell.connect(f"\0{endpoint}")
+        if not same_user(doorbell):
+            raise TransportError("the doorbell is another user's")
+        socket.send_fds(doorbell, [hello.pack()], [region.fd, replies.fd])
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await asyncio.get_running_loop().sock_recv(doorbell, MAX_FRAME_BYTES)
+        except TimeoutError:
+            raise TransportError("no welcome in time") from None
+        if not is_welcome(answer):
+            raise TransportError("not a welcome" if answer else "the replica closed the lane")
 
     def close(self) -> None:
         self.doorbells.close()
-        self.rows.region.close()
+        self.rows.region.unshare()  # rounds that end later give their rows back
 
 
 __all__ = ["LaneDoorbells", "LaneMemory", "LaneTransport", "RegionError"]

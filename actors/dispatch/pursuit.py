@@ -7,12 +7,10 @@ attempt, and putting answers in place, are `actors.dispatch.expert_round`'s.
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from actors.dispatch.replica_link import ReplicaLink, pauses
 from actors.dispatch.replica_pool import ExpertUnavailable, ReplicaPool
-from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats
-from actors.dispatch.transport import PendingReply
+from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats, failure_of
 from protos import expert_pb2 as pb
 
 LOG = logging.getLogger(__name__)
@@ -24,9 +22,7 @@ _REJECTION_NAMES = frozenset(pb.Status.Name(status).removeprefix("STATUS_") for 
 
 
 class Pursuer:
-    """One round's. `send` sends a part again, `take` puts a message's answer in place or says why there is none, `late`
-    hears of an answer that came after all.
-    """
+    """One round's. `send` sends a part again, or in pieces that are pursued on their own, and then returns None."""
 
     def __init__(
         self,
@@ -35,10 +31,7 @@ class Pursuer:
         patience: Patience,
         layer: int,
         deadline_s: float,
-        *,
-        send: Callable[[ReplicaLink, Part], Message],
-        take: Callable[[Message], Failure | None],
-        late: Callable[[Message], None],
+        send: Callable[[ReplicaLink, Part], Message | None],
     ) -> None:
         self._pool = pool
         self._stats = stats
@@ -46,8 +39,6 @@ class Pursuer:
         self._layer = layer
         self._deadline_s = deadline_s
         self._send = send
-        self._take = take
-        self._late = late
         self._loop = asyncio.get_running_loop()
 
     async def pursue(self, part: Part, message: Message | None, failure: Failure | None) -> None:
@@ -62,6 +53,8 @@ class Pursuer:
                 link = await self._next_link(part, message, failure, pause)
                 self._stats.retries += message is not None
                 message, failure = self._send(link, part), None
+                if message is None:
+                    return
 
     async def _outcome(self, part: Part, message: Message) -> Failure | None:
         """Waits for the attempt under way; leaves it when it takes long and somebody else can do it."""
@@ -71,15 +64,10 @@ class Pursuer:
             overdue_s = self._loop.time() - message.sent_s - self._patience.attempt_s
             if overdue_s >= 0 and self._others(part, message):
                 message.left = True
-                message.reply.when_done(partial(self._late_answer, message))
                 return Failure("SLOW", f"no answer within {self._patience.attempt_s:g} s")
             wait_s = -overdue_s if overdue_s < 0 else self._patience.attempt_s
             await message.reply.wait(min(wait_s, self._remaining_s()))
-        return None if part.answered else self._take(message)
-
-    def _late_answer(self, message: Message, reply: PendingReply) -> None:
-        if not reply.cancelled():
-            self._late(message)
+        return None if part.answered else failure_of(message)
 
     def _note(self, part: Part, message: Message | None, failure: Failure) -> None:
         """Counts a failure and remembers who it was. Raises ExpertUnavailable when it is final."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from actors.dispatch.merging import MergedRows
 from actors.dispatch.replica_link import ReplicaLink
-from actors.dispatch.transport import ExpertRows, PendingReply, WireCounters
+from actors.dispatch.transport import ExpertRows, PendingReply, TransportError, WireCounters
 from cluster.ids import ReplicaId
+from protos import expert_pb2 as pb
 
 
 @dataclass(slots=True)
@@ -67,3 +68,13 @@ class Message:
 class Failure:
     kind: str
     detail: str
+
+
+def failure_of(message: Message) -> Failure:
+    """Why its answer, which has come, is none, or none that can be used."""
+    answer = message.reply.outcome()
+    if isinstance(answer, TransportError):
+        return Failure("CONNECTION", str(answer))
+    if answer.output is not None:
+        return Failure("LATE", "somebody else has answered for a part of it")
+    return Failure(pb.Status.Name(answer.status).removeprefix("STATUS_"), answer.detail)

@@ -51,7 +51,12 @@ class ComputeThread:
         self._thread.start()
 
     def submit(self, job: Job, urgency: int = 0) -> None:
-        """Queues `job`; the smallest urgency (say, a deadline) runs first. It reports its own errors."""
+        """Queues `job`; the smallest urgency (say, a deadline) runs first. It reports its own errors.
+
+        In the thread itself or in the one that calls `stop`; after that it is dropped.
+        """
+        if self._ended:
+            return
         self._put(urgency, job)
         if threading.current_thread() is not self._thread:
             self._ring()
@@ -67,7 +72,12 @@ class ComputeThread:
             self._poll.unregister(fd)
 
     async def call(self, function: Callable[[], ResultT]) -> ResultT:
-        """Runs `function` in the thread before all that waits, and returns or raises what it does."""
+        """Runs `function` in the thread before all that waits, and returns or raises what it does.
+
+        Raises RuntimeError after `stop`.
+        """
+        if self._ended:
+            raise RuntimeError("the compute thread has ended")
         result: Future[ResultT] = Future()
 
         def job() -> None:
@@ -112,13 +122,19 @@ class ComputeThread:
         """The most urgent job, once every doorbell has been looked at."""
         while True:
             for fd, _ in self._poll.poll(0 if self._jobs else None):
-                if fd == self._wake:
-                    os.eventfd_read(fd)
-                elif (watcher := self._watchers.get(fd)) is not None:
-                    self._guarded(watcher)
+                self._look_at(fd)
             with self._lock:
                 if self._jobs:
                     return heapq.heappop(self._jobs)[2]
+
+    def _look_at(self, fd: int) -> None:
+        """A function of its own: a watcher holds its peer's memory, and none may be remembered while this waits."""
+        if fd == self._wake:
+            os.eventfd_read(fd)
+            return
+        watcher = self._watchers.get(fd)
+        if watcher is not None:
+            self._guarded(watcher)
 
     def _guarded(self, job: Job) -> None:
         try:

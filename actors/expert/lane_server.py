@@ -6,11 +6,11 @@ compute thread. A peer that is gone, or writes nonsense, loses its lane and noth
 `protos.lane`'s, the coordinator's end is `actors.dispatch.lane_transport`.
 """
 
+import errno
 import logging
 import os
 import secrets
 import socket
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ import torch
 
 from actors.expert.compute_thread import ComputeThread
 from actors.expert.desk import Admitted, Desk, Refused
-from actors.machine import machine_id
-from actors.shared_rows import RegionError, SharedRows, supported
+from actors.machine import machine_id, same_user
+from actors.shared_rows import SharedRows, supported
 from protos import expert_pb2 as pb
 from protos.codec import CodecError
 from protos.lane import MAX_FRAME_BYTES, TICKET_BYTES, Hello, LaneReply, LaneRequest, welcome
@@ -30,9 +30,11 @@ LOG = logging.getLogger(__name__)
 
 MAX_LANES = 64
 MAX_TICKETS = 64
-TICKET_S = 30.0
+TICKET_S = 60.0
+"""How long a ticket is good: a hello may have to wait for a long computation."""
 
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+HELLO_S = 10.0
+"""How long a peer that was let in may take to say hello, when others want its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,21 @@ class LaneServer:
         self._lanes: set[_Lane] = set()
         self._endpoint = f"octavo-{os.getpid()}-{secrets.token_hex(8)}"
         self._listener: socket.socket | None = None
+        self._paused = False
 
     def watch(self) -> None:
         """Listens, where the system has what lanes need."""
         if not supported():
             return
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        listener: socket.socket | None = None
         try:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             listener.bind(f"\0{self._endpoint}")
             listener.listen(MAX_LANES)
         except OSError as error:
             LOG.warning("no same-node lane: %s", error)
-            listener.close()
+            if listener is not None:
+                listener.close()
             return
         self._listener = listener
         self._compute.watch(listener.fileno(), self._accept)
@@ -74,6 +79,9 @@ class LaneServer:
         """A lane for a coordinator on `peer_machine`, None unless that is this machine."""
         if self._listener is None or not peer_machine or peer_machine != machine_id():
             return None
+        if self._paused:
+            self._paused = False
+            self._compute.watch(self._listener.fileno(), self._accept)
         now_s = self._clock()
         for ticket, until_s in list(self._tickets.items()):
             if until_s < now_s:
@@ -97,18 +105,32 @@ class LaneServer:
             return
         try:
             doorbell, _ = self._listener.accept()
-        except OSError:
-            return  # gone before it was let in
-        if len(self._lanes) >= MAX_LANES or not _same_user(doorbell):
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                LOG.warning("no more lanes for now: %s", error)
+                self._compute.unwatch(self._listener.fileno())  # it would stay readable, and this thread would spin
+                self._paused = True  # until somebody asks for a lane again
+            return  # otherwise: gone before it was let in
+        now_s = self._clock()
+        if len(self._lanes) >= MAX_LANES:
+            self._clear_out(now_s - HELLO_S)
+        if len(self._lanes) >= MAX_LANES or not same_user(doorbell):
             doorbell.close()
             return
         doorbell.setblocking(False)
-        lane = _Lane(doorbell, self._desk, self._compute, self._redeem, self._lanes.discard)
+        lane = _Lane(doorbell, self._desk, self._compute, self._redeem, self._lanes.discard, now_s)
         self._lanes.add(lane)
         self._compute.watch(doorbell.fileno(), lane.receive)
 
+    def _clear_out(self, before_s: float) -> None:
+        """Ends lanes that were let in before that time and have not said hello."""
+        for lane in list(self._lanes):
+            if not lane.greeted and lane.since_s < before_s:
+                lane.end("no hello")
+
     def _redeem(self, ticket: bytes) -> bool:
-        return self._tickets.pop(ticket, -1.0) >= self._clock()
+        until_s = self._tickets.pop(ticket, None)
+        return until_s is not None and until_s >= self._clock()
 
 
 class _Lane:
@@ -121,7 +143,9 @@ class _Lane:
         compute: ComputeThread,
         redeem: Callable[[bytes], bool],
         on_end: Callable[["_Lane"], None],
+        since_s: float,
     ) -> None:
+        self.since_s = since_s
         self._doorbell = doorbell
         self._desk = desk
         self._compute = compute
@@ -130,6 +154,11 @@ class _Lane:
         self._rows: SharedRows | None = None
         self._replies: SharedRows | None = None
         self._gone = False
+
+    @property
+    def greeted(self) -> bool:
+        """Whether its hello was welcome."""
+        return self._rows is not None
 
     def receive(self) -> None:
         """Reads one frame; the socket is readable."""
@@ -155,9 +184,7 @@ class _Lane:
         LOG.info("a lane ends: %s", reason)
         self._compute.unwatch(self._doorbell.fileno())
         self._doorbell.close()
-        for region in (self._rows, self._replies):
-            if region is not None:
-                region.close()
+        self._rows = self._replies = None  # the memory goes with the last job that reads it
         self._on_end(self)
 
     def _greet(self) -> None:
@@ -169,17 +196,13 @@ class _Lane:
                 raise CodecError(pb.STATUS_INVALID, "a wrong ticket")
             if hello.width != self._desk.replica.hidden_size or len(fds) != 2:
                 raise CodecError(pb.STATUS_INVALID, f"{len(fds)} regions of width {hello.width}")
-        except CodecError:
+            rows = SharedRows.adopt(fds.pop(0), hello.num_rows, hello.width)
+            replies = SharedRows.adopt(fds.pop(0), hello.num_replies, hello.width)
+        finally:
             for fd in fds:
                 os.close(fd)
-            raise
-        try:
-            self._rows = SharedRows.adopt(fds[0], hello.num_rows, hello.width)
-        except RegionError:
-            os.close(fds[1])
-            raise
-        self._replies = SharedRows.adopt(fds[1], hello.num_replies, hello.width)
         self._doorbell.send(welcome())
+        self._rows, self._replies = rows, replies
 
     def _take_in(self, frame: bytes, rows: SharedRows, replies: SharedRows) -> None:
         sequence = 0
@@ -236,9 +259,3 @@ def _adjacent(request: LaneRequest, rows_RD: torch.Tensor) -> torch.Tensor:
             return torch.cat([rows_RD[one.first_row : one.first_row + one.num_rows] for one in request.segments])
         at += segment.num_rows
     return rows_RD[first:at]
-
-
-def _same_user(peer: socket.socket) -> bool:
-    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(data)[1]
-    return uid == os.getuid()

@@ -1,7 +1,10 @@
 """One thread, most urgent first, and a bad job ends nothing but itself."""
 
 import asyncio
+import os
 import threading
+import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -87,6 +90,66 @@ def test_stop_drops_what_is_queued_and_may_come_before_start() -> None:
         await stopping
         assert ran == []
         await ComputeThread("never started", 1).stop()
+
+    run(work())
+
+
+def test_after_the_end_nothing_runs_and_no_descriptor_is_touched() -> None:
+    async def work() -> None:
+        compute, ran = ComputeThread("compute", 1), list[int]()
+        compute.start()
+        await compute.stop()
+        readers = [os.pipe2(os.O_NONBLOCK) for _ in range(8)]  # they get the numbers that the thread had
+        try:
+            compute.submit(lambda: ran.append(1))
+            with pytest.raises(RuntimeError, match="has ended"):
+                await compute.call(lambda: ran.append(2))
+            for reader, _ in readers:
+                with pytest.raises(BlockingIOError):
+                    os.read(reader, 8)
+        finally:
+            for pair in readers:
+                os.close(pair[0])
+                os.close(pair[1])
+        assert ran == []
+
+    run(work())
+
+
+class _Watcher:
+    """Reads its pipe once, and wants no more."""
+
+    def __init__(self, compute: ComputeThread, fd: int) -> None:
+        self._compute = compute
+        self._fd = fd
+        self.seen = threading.Event()
+
+    def look(self) -> None:
+        assert threading.current_thread().name == "compute"
+        os.read(self._fd, 1)
+        self._compute.unwatch(self._fd)
+        self.seen.set()
+
+
+def test_a_watcher_is_called_between_two_jobs_and_forgotten_when_it_is_done() -> None:
+    async def work() -> None:
+        compute = ComputeThread("compute", 1)
+        compute.start()
+        with ExitStack() as stack:
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            stack.callback(os.close, writer)
+            watcher = _Watcher(compute, reader)
+            gone, seen = threading.Event(), watcher.seen
+            weakref.finalize(watcher, gone.set)
+            compute.watch(reader, watcher.look)
+            del watcher
+            os.write(writer, b"x")
+            assert await asyncio.to_thread(seen.wait, 10)
+            assert await asyncio.to_thread(gone.wait, 10)  # while the thread waits for whatever comes next
+            assert await compute.call(lambda: 1) == 1
+        assert compute.failures == 0
+        await compute.stop()
 
     run(work())
 

@@ -74,9 +74,8 @@ async def remote(
 class FakeTransport:
     """A connection without sockets: answers by itself, or as told."""
 
-    lane = "fake"
-
-    def __init__(self, replica: ReplicaInfo) -> None:
+    def __init__(self, replica: ReplicaInfo, lane: str = "fake") -> None:
+        self.lane = lane
         self.closed = asyncio.Event()
         self.reason = ""
         self.replica = replica
@@ -117,11 +116,13 @@ class FakeLanes:
     def __init__(self) -> None:
         self.made: dict[str, list[FakeTransport]] = {}
         self.unreachable: set[str] = set()
+        self.shared: set[str] = set()
+        """Replicas that say they are on this machine."""
 
     async def __call__(self, replica: ReplicaInfo, _counters: WireCounters, _timeout_s: float) -> FakeTransport:
         if replica.replica_id in self.unreachable:
             raise TransportError("unreachable as told")
-        transport = FakeTransport(replica)
+        transport = FakeTransport(replica, "shm" if replica.replica_id in self.shared else "fake")
         self.made.setdefault(replica.replica_id, []).append(transport)
         return transport
 
@@ -403,6 +404,73 @@ def test_rows_beyond_one_message_travel_in_several() -> None:
         assert torch.equal(await experts.run(0, plan), expected(plan, 0))
         assert [request.num_rows for request in lanes["a"].requests] == [4, 4, 1, 4]
         await experts.close()
+
+    run(work())
+
+
+def test_rows_by_a_lane_are_cut_only_where_a_queue_might_be_too_short() -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        lanes.shared = {"a"}
+        experts = RemoteExperts(lanes, max_message_rows=4)
+        experts.apply_map(map_of(info("a", [0, 1])))
+        await experts.wait_ready(5)
+        for counts, messages in (([9, 4], [13]), ([5000, 4], [4096, 908]), ([4090, 4090], [4090, 4090])):
+            lanes["a"].requests.clear()
+            plan = plan_of(counts)
+            assert torch.equal(await experts.run(0, plan), expected(plan, 0))
+            assert [request.num_rows for request in lanes["a"].requests] == messages
+        await experts.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("refusals", [[], [pb.STATUS_OVERLOADED, pb.STATUS_INTERNAL]], ids=["at once", "in the end"])
+def test_rows_of_a_lane_that_is_lost_travel_in_messages_that_fit(refusals: list[pb.Status]) -> None:
+    async def work() -> None:
+        lanes = FakeLanes()
+        lanes.shared = {"a"}
+        experts = RemoteExperts(lanes, Patience(deadline_s=20), max_message_rows=4)
+        experts.apply_map(map_of(info("a", [0, 1]), info("b", [0, 1])))
+        await experts.wait_ready(5, all_replicas=True)
+        lanes["a"].silent = True
+        lanes["b"].refuse = list(refusals)
+        plan = plan_of([9, 3])
+        running = asyncio.create_task(experts.run(0, plan))
+        await lanes["a"].arrived.acquire()
+        asked, late = lanes["a"].requests[0], lanes["a"].replies[0]
+        assert asked.num_rows == 12
+        lanes.unreachable = {"a"}
+        lanes["a"].fail()
+        assert torch.equal(await running, expected(plan, 0))
+        late.end(lanes["a"].fine(asked))  # nobody waits
+        sizes = [request.num_rows for request in lanes["b"].requests]
+        assert len(sizes) == 4 + len(refusals)
+        assert max(sizes) == 4
+        assert refusals or sorted(sizes) == [1, 3, 4, 4]
+        await experts.close()
+
+    run(work())
+
+
+def test_every_answer_is_copied_where_it_arrives() -> None:
+    """Memory of a lane is used again at once: a turn of the loop later other rows may lie there."""
+
+    async def work() -> None:
+        lanes = FakeLanes()
+        async with remote(map_of(info("a"), experts=1), lanes) as experts:
+            lanes["a"].refuse = [pb.STATUS_OVERLOADED]
+            plan = plan_of([3])
+            running = asyncio.create_task(experts.run(0, plan))
+            await lanes["a"].arrived.acquire()
+            lanes["a"].silent = True
+            await lanes["a"].arrived.acquire()  # asked again, by the task that pursues the part
+            answered = lanes["a"].fine(lanes["a"].requests[1])
+            assert answered.output is not None
+            lanes["a"].replies[1].end(answered)
+            answered.output.fill_(float("nan"))
+            assert torch.equal(await running, expected(plan, 0))
+            assert (experts.stats.compute_us, experts.stats.queue_us) == (3, 2)
 
     run(work())
 

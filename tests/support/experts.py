@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +73,8 @@ class Served:
     service: ExpertService
     server: GrpcServer
     loads: list[tuple[int, range]]
+    compute: ComputeThread
+    lanes: LaneServer
 
     def info(self, *, replica_id: str | None = None, address: str | None = None) -> ReplicaInfo:
         """Its entry in a map."""
@@ -95,9 +97,10 @@ async def served(
     replica_id: str = "replica",
     port: int = 0,
     ready: bool = True,
+    make_lanes: Callable[[Desk, ComputeThread], LaneServer] = LaneServer,
     **options: Any,
 ) -> AsyncIterator[Served]:
-    """Serves `columns`, the columns of `experts`; `options` go to ExpertService."""
+    """Serves `columns`, the columns of `experts`; `options` go to Desk."""
     compute = ComputeThread(replica_id, 1)
     compute.start()
     replica = ExpertReplica(replica_id, tuple(experts), range(2), hidden_size=WIDTH)
@@ -112,14 +115,14 @@ async def served(
         return 123
 
     desk = Desk(replica, **{"max_queue_tokens": 1024, **options})
-    lanes = LaneServer(desk, compute)
+    lanes = make_lanes(desk, compute)
     lanes.watch()
     service = ExpertService(desk, compute, load, lanes)
     server = await serve_grpc(service.register, service=SERVICE, host="127.0.0.1", port=port, credentials=credentials())
     if ready:
         replica.settle(REPLICA_STATE_READY)
     try:
-        yield Served(replica, service, server, loads)
+        yield Served(replica, service, server, loads, compute, lanes)
     finally:
         await server.stop(0)
         await compute.stop()
