@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_FEW_TOKENS = 2
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DispatchPlan:
@@ -67,6 +69,8 @@ def dispatch(x_TD: Tensor, logits_TE: Tensor, top_k: int) -> DispatchPlan:
         raise ValueError(f"top_k must be between 1 and the number of experts ({num_experts}), got {top_k}")
     if num_experts == 1:
         return _dense(x_TD)
+    if len(x_TD) <= _FEW_TOKENS:
+        return _dispatch_few(x_TD, logits_TE.tolist(), top_k)
     scores_TE = logits_TE.to("cpu", torch.float32).numpy()
     experts_TK = np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k]
     experts_TK.sort(axis=1)
@@ -74,13 +78,33 @@ def dispatch(x_TD: Tensor, logits_TE: Tensor, top_k: int) -> DispatchPlan:
     slots_N = np.empty_like(order_N)
     slots_N[order_N] = np.arange(order_N.size)
     device = x_TD.device
-    chosen_TK = torch.from_numpy(np.take_along_axis(scores_TE, experts_TK, axis=1))
+    chosen_TK = torch.from_numpy(scores_TE[np.arange(len(scores_TE))[:, None], experts_TK])
     return DispatchPlan(
         x_TD=x_TD,
         tokens_N=torch.from_numpy(order_N // top_k).to(device),
         counts=tuple(np.bincount(experts_TK.ravel(), minlength=num_experts).tolist()),
         slots_TK=torch.from_numpy(slots_N.reshape(experts_TK.shape)).to(device),
         weights_TK=torch.softmax(chosen_TK, dim=-1).to(device),
+    )
+
+
+def _dispatch_few(x_TD: Tensor, scores_TE: list[list[float]], top_k: int) -> DispatchPlan:
+    """The same in plain Python: for a token or two that is three times quicker than a dozen calls into numpy."""
+    num_experts, device = len(scores_TE[0]), x_TD.device
+    experts_TK = [sorted(sorted(range(num_experts), key=row.__getitem__, reverse=True)[:top_k]) for row in scores_TE]
+    routed = sorted((expert, token, k) for token, row in enumerate(experts_TK) for k, expert in enumerate(row))
+    slots_TK = [[0] * top_k for _ in scores_TE]
+    counts = [0] * num_experts
+    for slot, (expert, token, k) in enumerate(routed):
+        slots_TK[token][k] = slot
+        counts[expert] += 1
+    chosen_TK = [[scores[expert] for expert in row] for scores, row in zip(scores_TE, experts_TK, strict=True)]
+    return DispatchPlan(
+        x_TD=x_TD,
+        tokens_N=torch.tensor([token for _, token, _ in routed], device=device),
+        counts=tuple(counts),
+        slots_TK=torch.tensor(slots_TK, device=device),
+        weights_TK=torch.softmax(torch.tensor(chosen_TK, dtype=torch.float32), dim=-1).to(device),
     )
 
 
@@ -121,8 +145,9 @@ def combine(answers: Answers, plan: DispatchPlan) -> Tensor:
     out_ND = out_ND.to(plan.x_TD.device, torch.float32)
     if len(plan.counts) == 1:
         return out_ND
-    top_k = plan.slots_TK.shape[1]
-    y_TD = out_ND.index_select(0, plan.slots_TK[:, 0]).mul_(weights_TK[:, :1])
+    tokens, top_k = plan.slots_TK.shape
+    y_TKD = out_ND.index_select(0, plan.slots_TK.reshape(-1)).view(tokens, top_k, -1).mul_(weights_TK.unsqueeze(-1))
+    y_TD = y_TKD[:, 0]
     for k in range(1, top_k):
-        y_TD.add_(out_ND.index_select(0, plan.slots_TK[:, k]).mul_(weights_TK[:, k : k + 1]))
-    return y_TD
+        y_TD = torch.add(y_TD, y_TKD[:, k])
+    return y_TD.contiguous()

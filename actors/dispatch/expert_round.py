@@ -64,14 +64,7 @@ class ExpertRound:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._deadline_s = self._loop.time() + patience.deadline_s
-        self._pursuer = Pursuer(
-            pool,
-            stats,
-            patience,
-            layer,
-            self._deadline_s,
-            self._send_again,
-        )
+        self._pursuer: Pursuer | None = None
         self._messages: list[Message] = []
         self._unsent: list[Part] = []
         self._missing = 0
@@ -261,6 +254,10 @@ class ExpertRound:
                     self._start_pursuit(part, message, None)
 
     def _start_pursuit(self, part: Part, message: Message | None, failure: Failure | None) -> None:
+        if self._pursuer is None:
+            self._pursuer = Pursuer(
+                self._pool, self._stats, self._patience, self._layer, self._deadline_s, self._send_again
+            )
         part.pursuit = asyncio.create_task(self._pursuer.pursue(part, message, failure))
         part.pursuit.add_done_callback(self._pursuit_ended)
 

@@ -11,7 +11,7 @@ N routed rows of a layer, M rows of one message, D hidden size.
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,7 @@ class TransportError(Exception):
     """A connection that could not be made, or broke; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRows:
+class ExpertRows(NamedTuple):
     """Rows of a layer's routed rows that are for one expert."""
 
     expert_id: int
@@ -49,8 +48,7 @@ class Entries:
     weights_M: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRequest:
+class ExpertRequest(NamedTuple):
     """Rows for experts of one replica in one layer. The deadline is absolute, microseconds since 1970.
 
     With `entries`, which only a transport whose rows travel understands, the reply has their sums.
@@ -77,8 +75,7 @@ class ExpertRequest:
         return torch.cat([self.x_ND[part.rows] for part in self.parts])
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertReply:
+class ExpertReply(NamedTuple):
     """`output` is there exactly when `status` is OK: the answers (M, D) part by part, or the sums (U, D) of the
     entries, in the request's dtype.
 

@@ -24,6 +24,7 @@ from actors.expert.replica import ExpertReplica, state_name
 from actors.expert.service import SERVICE, ExpertService, LoadError
 from model.experts import Calibrations, ExpertColumn
 from model.kernels import default_kernel
+from model.memory import collapse_into_huge_pages
 from model.storage.checkpoint import Checkpoint, Expert
 from protos.expert_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY
 
@@ -161,6 +162,8 @@ class ExpertActor:
             for expert in self._replica.experts:
                 load = self._loader(self._checkpoint, expert, self._replica.layers)
                 self._replica.add(expert, await self._compute.call(load))
+            if self._device.type == "cpu":
+                LOG.info("%d MiB in huge pages", await self._compute.call(collapse_into_huge_pages) >> 20)
         except Exception as error:  # whatever it is: who waits for this replica must be told
             LOG.exception("%s cannot load", self._replica.replica_id)
             self._replica.settle(REPLICA_STATE_FAILED, f"{type(error).__name__}: {error}")
