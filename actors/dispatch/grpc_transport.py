@@ -126,6 +126,7 @@ class _Stream:
         if request.entries is not None:
             header.merge.entries = request.entries.entries_M.astype("<u4").tobytes()
             header.merge.weights = request.entries.weights_M.astype("<f4").tobytes()
+            self._counters.merged_messages += 1
         message = encode_request(header, hidden_MD)
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {len(message)} bytes, at most {MAX_MESSAGE_BYTES} can be sent")

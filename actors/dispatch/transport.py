@@ -171,11 +171,12 @@ class PendingReply:
 @dataclass(slots=True)
 class WireCounters:
     """What all transports of one coordinator did. Bytes are of serialised messages; on the same-node lane, of frames
-    and the rows beside them. `lane_messages` are those of that lane.
+    and the rows beside them. `lane_messages` are those of that lane, `merged_messages` those that asked for sums.
     """
 
     messages: int = 0
     lane_messages: int = 0
+    merged_messages: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     late_replies: int = 0

@@ -109,6 +109,8 @@ class ExpertReplica:
     def take(self, tokens: int, limit: int) -> int | None:
         """Takes tokens in, unless more than `limit` would be in flight: then the room there is. None is yes."""
         with self._lock:
+            if self.state == REPLICA_STATE_DRAINING:
+                return 0  # it began to drain since the caller looked: the sender asks again, and is told so
             if self.inflight_tokens + tokens > limit:
                 return limit - self.inflight_tokens
             self.inflight_tokens += tokens
@@ -133,6 +135,12 @@ class ExpertReplica:
             counters.errors_total += errors
         if idle and self.on_idle is not None:
             self.on_idle()
+
+    def begin_drain(self) -> None:
+        """Takes nothing more in; what is taken in is answered."""
+        with self._lock:
+            if self.state != REPLICA_STATE_FAILED:
+                self.state = REPLICA_STATE_DRAINING
 
     def settle(self, state: ReplicaState, detail: str = "") -> None:
         """Loading has ended: READY or FAILED. A replica that was told to drain meanwhile stays DRAINING."""

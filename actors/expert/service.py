@@ -81,10 +81,9 @@ class ExpertService:
     async def drain(self, timeout_s: float) -> int:
         """Takes nothing new, waits for what is in flight, and returns the tokens still unanswered."""
         replica = self._replica
-        if replica.state != pb.REPLICA_STATE_FAILED:
-            replica.state = pb.REPLICA_STATE_DRAINING
         self._idle.clear()
         replica.on_idle = self._note_idle
+        replica.begin_drain()
         try:
             if replica.inflight_tokens:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)

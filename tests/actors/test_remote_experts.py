@@ -209,6 +209,7 @@ def test_remote_equals_local_bit_for_bit(model: Path, lane: int, kernel: str, gr
                 wire = experts.stats.wire
                 assert wire.messages > 0
                 assert wire.lane_messages == (wire.messages if lane else 0)
+                assert bool(wire.merged_messages) == (lane == 0 and len(groups) < EXPERTS)
 
     run(work())
 
