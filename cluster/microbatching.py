@@ -23,8 +23,8 @@ class MicrobatchPolicy:
     """
 
     choices: tuple[int, ...] = (1, 2)
-    min_tokens: int = 8
-    samples: int = 4
+    min_tokens: int = 32
+    samples: int = 3
     probe_every: int = 256
 
     def __post_init__(self) -> None:
