@@ -76,17 +76,21 @@ class RemoteExperts:
         has not answered before the deadline; then nothing is given.
         """
         x_ND, free = self._gather(plan)
-        return ExpertRound(
-            self._pool,
-            self._doorbells,
-            self.stats,
-            self._patience,
-            layer,
-            plan,
-            x_ND,
-            self._max_rows(x_ND),
-            free,
-        )
+        try:
+            return ExpertRound(
+                self._pool,
+                self._doorbells,
+                self.stats,
+                self._patience,
+                layer,
+                plan,
+                x_ND,
+                self._max_rows(x_ND),
+                free,
+            )
+        except BaseException:
+            free()
+            raise
 
     async def run(self, layer: int, plan: DispatchPlan) -> Answers:
         """`start`, and its result."""
