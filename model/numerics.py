@@ -29,7 +29,7 @@ _POOL_ROWS = 4
 _ALIGNMENT_BYTES = 64
 _CALL_COST_ROWS = 16  # reading the weights once costs about as much as the arithmetic of this many rows
 _ALWAYS_CALIBRATED = 32
-_CALIBRATION_FLOPS = {"cpu": 1.6e10, "cuda": 8e12}
+_CALIBRATION_FLOPS = {"cpu": 1.3e10, "cuda": 8e12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class RowClass:
 def row_candidates(flops_per_row: float, device: torch.device | str = "cpu") -> tuple[int, ...]:
     """The row counts worth trying for a product of this size, so that calibration takes a fraction of a second.
 
-    Counts up to 32 are always tried; larger ones while all together stay under 16 GFLOP, on a GPU 8 TFLOP. A
+    Counts up to 32 are always tried; larger ones while all together stay under 13 GFLOP, on a GPU 8 TFLOP. A
     count left out only means that more rows are cut into more calls.
     """
     most = _CALIBRATION_FLOPS[torch.device(device).type]
