@@ -51,6 +51,8 @@ def unpack_merge(request: pb.ForwardRequest, num_entries: int) -> Merged | None:
     entries_M = torch.frombuffer(bytearray(merge.entries), dtype=torch.int32).to(torch.int64)
     if int(entries_M.min()) < 0 or int(entries_M.max()) >= num_entries:
         raise CodecError(pb.STATUS_INVALID, f"merge names an entry that is not one of {num_entries}")
+    if len(set(entries_M.tolist())) != num_entries:
+        raise CodecError(pb.STATUS_INVALID, f"merge leaves some of {num_entries} entries without a row")
     start = 0
     for count in request.expert_rows:
         part = entries_M[start : start + count]

@@ -113,6 +113,7 @@ def test_without_a_merge_rows_are_rows() -> None:
         ({"entries": [0, -1, 1]}, "not one of 2"),
         ({"entries": [0, -(2**31), 1]}, "not one of 2"),
         ({"entries": [1, 1, 0]}, "to one expert twice"),
+        ({"counts": [1, 1, 1], "entries": [1, 1, 1]}, "some of 2 entries without a row"),
     ],
 )
 def test_a_merge_that_does_not_fit_its_rows_is_refused(fields: dict[str, Any], said: str) -> None:
