@@ -1,7 +1,7 @@
 """The only code that turns tensors into bytes and bytes into tensors. No pickle, nothing that can run.
 
 Shapes, lengths and dtypes of a message are claims: they are checked against its real size and the receiver's
-limits before a tensor is made. The CRC-32 of a payload is begun from the message's own identity (its sequence
+limits before a tensor is made. The CRC-32C of a payload is begun from the message's own identity (its sequence
 number, layer, expert, ...; see `request_seed` and `reply_seed`), so a bit flipped in those fields is found
 like one in the payload: rows never reach the wrong expert. Which errors are worth another try is the caller's
 to know from the status.
@@ -11,13 +11,13 @@ M rows of one message, D hidden size. Elements are little-endian.
 
 import struct
 import sys
-import zlib
 from collections.abc import Sequence
 
 import torch
 from google.protobuf.message import DecodeError
 
 from protos import frames
+from protos.checksum import checksum, rows_checksum
 from protos.expert_pb2 import (
     DTYPE_BFLOAT16,
     DTYPE_FLOAT16,
@@ -56,6 +56,16 @@ class CodecError(ValueError):
         self.sequence = sequence
 
 
+def dtype_to_wire(dtype: torch.dtype) -> DType:
+    """What the dtype is called in a message. Raises KeyError for one without a name there."""
+    return _TO_WIRE[dtype]
+
+
+def dtype_from_wire(wire: DType) -> torch.dtype | None:
+    """The dtype that a message means, None for one that this side does not know."""
+    return _FROM_WIRE.get(wire)
+
+
 def message_bytes_for(rows: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that a message with a (rows, width) tensor can have at most."""
     return rows * width * dtype.itemsize + _OVERHEAD_BYTES
@@ -91,10 +101,10 @@ def describe(tensor_MD: torch.Tensor, *, seed: int = 0) -> tuple[Tensor, memoryv
     if tensor_MD.dim() != 2 or tensor_MD.numel() == 0 or tensor_MD.dtype not in _TO_WIRE:
         raise ValueError(f"cannot send a tensor of shape {tuple(tensor_MD.shape)} and {tensor_MD.dtype}")
     host_MD = tensor_MD.detach().to("cpu").contiguous()
-    payload = host_MD.view(torch.uint8).numpy().data.cast("B")
+    elements = host_MD.view(torch.uint8)
     claim = Tensor(dtype=_TO_WIRE[host_MD.dtype], shape=host_MD.shape)
-    claim.crc32 = zlib.crc32(payload, _claim_seed(claim, seed))
-    return claim, payload
+    claim.crc32 = rows_checksum(elements, _claim_seed(claim, seed))
+    return claim, elements.numpy().data.cast("B")
 
 
 def restore(
@@ -108,11 +118,16 @@ def restore(
 ) -> torch.Tensor:
     """`decode_tensor` for a payload that lies beside its claim. Raises CodecError."""
     view = memoryview(payload)
-    dtype, rows = _check_claim(claim, view.nbytes, max_rows, width, dtypes)
-    found = zlib.crc32(view, _claim_seed(claim, seed))
+    try:
+        dtype, rows = _check_claim(claim, view.nbytes, max_rows, width, dtypes)
+    except CodecError:
+        _refuse_damage(claim, view, seed)  # is it the sender who is wrong, or a bit on the way?
+        raise
+    elements = torch.frombuffer(bytearray(view), dtype=torch.uint8)  # torch wants writable memory
+    found = rows_checksum(elements, _claim_seed(claim, seed))  # of the copy, which is what will be used
     if found != claim.crc32:
-        raise CodecError(STATUS_CORRUPT, f"CRC-32 is {found:08x}, the message says {claim.crc32:08x}")
-    return torch.frombuffer(bytearray(view), dtype=dtype).view(rows, width)  # torch wants writable memory
+        raise CodecError(STATUS_CORRUPT, f"CRC-32C is {found:08x}, the message says {claim.crc32:08x}")
+    return elements.view(dtype).view(rows, width)
 
 
 def encode_request(header: ForwardRequest, hidden_MD: torch.Tensor) -> bytes:
@@ -124,7 +139,14 @@ def encode_request(header: ForwardRequest, hidden_MD: torch.Tensor) -> bytes:
 def encode_reply(header: ForwardReply, output_MD: torch.Tensor, request: ForwardRequest) -> bytes:
     """Serialises a reply: `header` with everything but `output`; `request` is what it answers."""
     claim, payload = describe(output_MD, seed=reply_seed(request))
+    header.header_crc32 = _header_crc(header)
     return frames.join(header, ForwardReply.OUTPUT_FIELD_NUMBER, claim, payload)
+
+
+def encode_refusal(header: ForwardReply) -> bytes:
+    """Serialises a reply that has no output."""
+    header.header_crc32 = _header_crc(header)
+    return header.SerializeToString()
 
 
 def split_request(data: bytes) -> frames.Frame[ForwardRequest]:
@@ -138,34 +160,58 @@ def split_request(data: bytes) -> frames.Frame[ForwardRequest]:
     return frame
 
 
+def check_undamaged(frame: frames.Frame[ForwardRequest]) -> None:
+    """For who is about to refuse a request because of what its header says. Raises CodecError when it is damaged."""
+    _refuse_damage(frame.claim, frame.payload, request_seed(frame.header), frame.header.sequence)
+
+
 def split_reply(data: bytes) -> tuple[ForwardReply, frames.Frame[ForwardReply] | None]:
-    """A reply without its output, and its parts if it has one, not yet checked. Raises CodecError."""
+    """A reply without its output, and its parts if it has one, not yet checked. Raises CodecError.
+
+    The header is checked: a reply that is damaged there may be anybody's.
+    """
     try:
         frame = frames.split(data, ForwardReply, ForwardReply.OUTPUT_FIELD_NUMBER)
-        return (ForwardReply.FromString(data), None) if frame is None else (frame.header, frame)
+        header = ForwardReply.FromString(data) if frame is None else frame.header
     except DecodeError:
         raise CodecError(STATUS_CORRUPT, "not a ForwardReply") from None
+    if header.header_crc32 not in (0, _header_crc(header)):
+        raise CodecError(STATUS_CORRUPT, "the header of a reply is damaged: its CRC-32C is another")
+    return header, frame
 
 
 def request_seed(header: ForwardRequest) -> int:
-    """Where the CRC-32 of `hidden` begins: that of all that says whose rows these are, and what becomes of them."""
+    """Where the CRC-32C of `hidden` begins: that of all that says whose rows these are, and what becomes of them."""
     numbers = (header.sequence, header.layer_id, header.map_epoch, header.deadline_unix_us)
-    seed = _experts_seed(header, zlib.crc32(struct.pack("<QIQQ", *numbers)))
-    return zlib.crc32(header.merge.weights, zlib.crc32(header.merge.entries, seed))
+    seed = _experts_seed(header, checksum(struct.pack("<QIQQ", *numbers)))
+    return checksum(header.merge.weights, checksum(header.merge.entries, seed))
 
 
 def reply_seed(request: ForwardRequest) -> int:
-    """Where the CRC-32 of `output` begins: that of what was asked, as the replier understood it."""
-    return _experts_seed(request, zlib.crc32(struct.pack("<QI", request.sequence, request.layer_id)))
+    """Where the CRC-32C of `output` begins: that of what was asked, as the replier understood it."""
+    return _experts_seed(request, checksum(struct.pack("<QI", request.sequence, request.layer_id)))
+
+
+def _header_crc(header: ForwardReply) -> int:
+    numbers = (header.sequence, header.status, header.compute_us, header.queue_us, header.inflight_tokens)
+    return checksum(header.detail.encode(), checksum(struct.pack("<QqIII", *numbers)))
 
 
 def _experts_seed(header: ForwardRequest, seed: int) -> int:
     flat = (*header.expert_ids, *header.expert_rows)
-    return zlib.crc32(struct.pack(f"<{len(flat)}I", *flat), seed)
+    return checksum(struct.pack(f"<{len(flat)}I", *flat), seed)
 
 
 def _claim_seed(claim: Tensor, seed: int) -> int:
-    return zlib.crc32(struct.pack(f"<{1 + len(claim.shape)}I", claim.dtype & 0xFFFFFFFF, *claim.shape), seed)
+    return checksum(struct.pack(f"<{1 + len(claim.shape)}I", claim.dtype & 0xFFFFFFFF, *claim.shape), seed)
+
+
+def _refuse_damage(claim: Tensor, payload: memoryview, seed: int, sequence: int = 0) -> None:
+    found = checksum(bytes(payload), _claim_seed(claim, seed))
+    if found != claim.crc32:
+        raise CodecError(
+            STATUS_CORRUPT, f"damaged: CRC-32C is {found:08x}, the message says {claim.crc32:08x}", sequence
+        )
 
 
 def _check_claim(

@@ -50,10 +50,20 @@ class CoordinatorServiceStub:
                 request_serializer=protos_dot_coordinator__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=protos_dot_coordinator__pb2.SnapshotReply.FromString,
                 _registered_method=True)
+        self.AskRoom = channel.unary_unary(
+                '/octavo.CoordinatorService/AskRoom',
+                request_serializer=protos_dot_coordinator__pb2.RoomRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.RoomReply.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/octavo.CoordinatorService/Drain',
                 request_serializer=protos_dot_expert__pb2.DrainRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.DrainReply.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/octavo.CoordinatorService/Trace',
+                request_serializer=protos_dot_coordinator__pb2.TraceRequest.SerializeToString,
+                response_deserializer=protos_dot_coordinator__pb2.TraceChunk.FromString,
                 _registered_method=True)
 
 
@@ -61,7 +71,18 @@ class CoordinatorServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """The gRPC front. Every call carries `authorization: Bearer TOKEN`. The cluster's own token opens all calls; one of a
+        client (--grpc-client-token-file) opens Generate and nothing else: for a program that has token ids and wants
+        token ids. Every Submit is held to the same rules as what comes by HTTP.
+
+        A stream carries any number of requests, each under an id that the client chooses, used again only after its end.
+        What is wrong with one request is that request's last SequenceOutput (finish_reason ERROR, `status`, `error`,
+        `error_field`) and nobody else's matter. A client's stream has at most 256 requests at a time; one more is refused
+        with STATUS_OVERLOADED, as is one that the queue has no room for; a client has at most 16 streams. A message that
+        is larger than a valid Submit can be, or is none, ends its stream with INVALID_ARGUMENT; the larger is not parsed.
+        deadline_unix_us bounds a request, the call's own deadline the stream. When a stream ends, however that is, its
+        requests end with it; it also ends when the client closes its sending side, so that must stay open.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -78,7 +99,19 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AskRoom(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,10 +135,20 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_coordinator__pb2.SnapshotRequest.FromString,
                     response_serializer=protos_dot_coordinator__pb2.SnapshotReply.SerializeToString,
             ),
+            'AskRoom': grpc.unary_unary_rpc_method_handler(
+                    servicer.AskRoom,
+                    request_deserializer=protos_dot_coordinator__pb2.RoomRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.RoomReply.SerializeToString,
+            ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=protos_dot_expert__pb2.DrainRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.DrainReply.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=protos_dot_coordinator__pb2.TraceRequest.FromString,
+                    response_serializer=protos_dot_coordinator__pb2.TraceChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -200,6 +243,33 @@ class CoordinatorService:
             _registered_method=True)
 
     @staticmethod
+    def AskRoom(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.CoordinatorService/AskRoom',
+            protos_dot_coordinator__pb2.RoomRequest.SerializeToString,
+            protos_dot_coordinator__pb2.RoomReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Drain(request,
             target,
             options=(),
@@ -216,6 +286,33 @@ class CoordinatorService:
             '/octavo.CoordinatorService/Drain',
             protos_dot_expert__pb2.DrainRequest.SerializeToString,
             protos_dot_expert__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octavo.CoordinatorService/Trace',
+            protos_dot_coordinator__pb2.TraceRequest.SerializeToString,
+            protos_dot_coordinator__pb2.TraceChunk.FromString,
             options,
             channel_credentials,
             insecure,

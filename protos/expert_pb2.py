@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\x06octavo\"U\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.octavo.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"\xc8\x01\n\x0e\x46orwardRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x65xpert_rows\x18\x04 \x03(\r\x12\x11\n\tmap_epoch\x18\x05 \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_unix_us\x18\x06 \x01(\x06\x12\x1c\n\x05merge\x18\x07 \x01(\x0b\x32\r.octavo.Merge\x12\x1e\n\x06hidden\x18\x0f \x01(\x0b\x32\x0e.octavo.Tensor\")\n\x05Merge\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x0c\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\"\x96\x01\n\x0c\x46orwardReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x1e\n\x06status\x18\x02 \x01(\x0e\x32\x0e.octavo.Status\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x12\n\ncompute_us\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\x1e\n\x06output\x18\x0f \x01(\x0b\x32\x0e.octavo.Tensor\"\r\n\x0bInfoRequest\"\xea\x02\n\tInfoReply\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12#\n\x05state\x18\x08 \x01(\x0e\x32\x14.octavo.ReplicaState\x12\x17\n\x0finflight_tokens\x18\t \x01(\x04\x12\x0e\n\x06kernel\x18\n \x01(\t\x12\x17\n\x0fnumerics_domain\x18\x0b \x01(\t\x12\x12\n\nmachine_id\x18\x0c \x01(\t\x12\x14\n\x0cweight_bytes\x18\r \x01(\x04\x12\x11\n\tmap_epoch\x18\x0e \x01(\x04\x12\x13\n\x0bhidden_size\x18\x0f \x01(\r\x12\x14\n\x0ctokens_total\x18\x10 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x11 \x01(\t\"2\n\rAttachRequest\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\r\n\x05lanes\x18\x02 \x03(\t\"=\n\x0b\x41ttachReply\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\"O\n\x11LoadColumnRequest\x12\x11\n\texpert_id\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\"W\n\x0fLoadColumnReply\x12\x1e\n\x06status\x18\x01 \x01(\x0e\x32\x0e.octavo.Status\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"%\n\nDrainReply\x12\x17\n\x0finflight_tokens\x18\x01 \x01(\x04*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*\xf9\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x12\n\x0eSTATUS_INVALID\x10\x02\x12\x13\n\x0fSTATUS_NOT_HELD\x10\x03\x12\x16\n\x12STATUS_STALE_EPOCH\x10\x04\x12\x1c\n\x18STATUS_DEADLINE_EXCEEDED\x10\x05\x12\x13\n\x0fSTATUS_DRAINING\x10\x06\x12\x15\n\x11STATUS_OVERLOADED\x10\x07\x12\x12\n\x0eSTATUS_CORRUPT\x10\x08\x12\x13\n\x0fSTATUS_INTERNAL\x10\t\x12\x14\n\x10STATUS_CANCELLED\x10\n*\x97\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04\x32\xa7\x02\n\rExpertService\x12;\n\x07\x46orward\x12\x16.octavo.ForwardRequest\x1a\x14.octavo.ForwardReply(\x01\x30\x01\x12.\n\x04Info\x12\x13.octavo.InfoRequest\x1a\x11.octavo.InfoReply\x12\x34\n\x06\x41ttach\x12\x15.octavo.AttachRequest\x1a\x13.octavo.AttachReply\x12@\n\nLoadColumn\x12\x19.octavo.LoadColumnRequest\x1a\x17.octavo.LoadColumnReply\x12\x31\n\x05\x44rain\x12\x14.octavo.DrainRequest\x1a\x12.octavo.DrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/expert.proto\x12\x06octavo\"U\n\x06Tensor\x12\x1c\n\x05\x64type\x18\x01 \x01(\x0e\x32\r.octavo.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\"\xc8\x01\n\x0e\x46orwardRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08layer_id\x18\x02 \x01(\r\x12\x12\n\nexpert_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x65xpert_rows\x18\x04 \x03(\r\x12\x11\n\tmap_epoch\x18\x05 \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_unix_us\x18\x06 \x01(\x06\x12\x1c\n\x05merge\x18\x07 \x01(\x0b\x32\r.octavo.Merge\x12\x1e\n\x06hidden\x18\x0f \x01(\x0b\x32\x0e.octavo.Tensor\")\n\x05Merge\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x0c\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\"\xc5\x01\n\x0c\x46orwardReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x1e\n\x06status\x18\x02 \x01(\x0e\x32\x0e.octavo.Status\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x12\n\ncompute_us\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\x14\n\x0cheader_crc32\x18\x07 \x01(\x07\x12\x17\n\x0finflight_tokens\x18\x08 \x01(\r\x12\x1e\n\x06output\x18\x0f \x01(\x0b\x32\x0e.octavo.Tensor\"\r\n\x0bInfoRequest\"\x80\x03\n\tInfoReply\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nexpert_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12#\n\x05state\x18\x08 \x01(\x0e\x32\x14.octavo.ReplicaState\x12\x17\n\x0finflight_tokens\x18\t \x01(\x04\x12\x0e\n\x06kernel\x18\n \x01(\t\x12\x17\n\x0fnumerics_domain\x18\x0b \x01(\t\x12\x12\n\nmachine_id\x18\x0c \x01(\t\x12\x14\n\x0cweight_bytes\x18\r \x01(\x04\x12\x11\n\tmap_epoch\x18\x0e \x01(\x04\x12\x13\n\x0bhidden_size\x18\x0f \x01(\r\x12\x14\n\x0ctokens_total\x18\x10 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x11 \x01(\t\x12\x14\n\x0cready_layers\x18\x12 \x01(\r\"2\n\rAttachRequest\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\r\n\x05lanes\x18\x02 \x03(\t\"=\n\x0b\x41ttachReply\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\"O\n\x11LoadColumnRequest\x12\x11\n\texpert_id\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\"W\n\x0fLoadColumnReply\x12\x1e\n\x06status\x18\x01 \x01(\x0e\x32\x0e.octavo.Status\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x03 \x01(\x04\"P\n\x12\x46\x65tchColumnRequest\x12\x11\n\texpert_id\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\"\xc9\x01\n\x0b\x43olumnPiece\x12\x1e\n\x06status\x18\x01 \x01(\x0e\x32\x0e.octavo.Status\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x10\n\x08layer_id\x18\x03 \x01(\r\x12\x11\n\texpert_id\x18\x04 \x01(\r\x12 \n\x04part\x18\x05 \x01(\x0e\x32\x12.octavo.WeightPart\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x14\n\x0cweight_crc32\x18\x07 \x01(\x07\x12\x1d\n\x05piece\x18\x0f \x01(\x0b\x32\x0e.octavo.Tensor\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"%\n\nDrainReply\x12\x17\n\x0finflight_tokens\x18\x01 \x01(\x04*X\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03*\xf9\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\r\n\tSTATUS_OK\x10\x01\x12\x12\n\x0eSTATUS_INVALID\x10\x02\x12\x13\n\x0fSTATUS_NOT_HELD\x10\x03\x12\x16\n\x12STATUS_STALE_EPOCH\x10\x04\x12\x1c\n\x18STATUS_DEADLINE_EXCEEDED\x10\x05\x12\x13\n\x0fSTATUS_DRAINING\x10\x06\x12\x15\n\x11STATUS_OVERLOADED\x10\x07\x12\x12\n\x0eSTATUS_CORRUPT\x10\x08\x12\x13\n\x0fSTATUS_INTERNAL\x10\t\x12\x14\n\x10STATUS_CANCELLED\x10\n*\x97\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x17\n\x13REPLICA_STATE_READY\x10\x02\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x03\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x04*e\n\nWeightPart\x12\x1b\n\x17WEIGHT_PART_UNSPECIFIED\x10\x00\x12\x12\n\x0eWEIGHT_PART_W1\x10\x01\x12\x12\n\x0eWEIGHT_PART_W2\x10\x02\x12\x12\n\x0eWEIGHT_PART_W3\x10\x03\x32\xe9\x02\n\rExpertService\x12;\n\x07\x46orward\x12\x16.octavo.ForwardRequest\x1a\x14.octavo.ForwardReply(\x01\x30\x01\x12.\n\x04Info\x12\x13.octavo.InfoRequest\x1a\x11.octavo.InfoReply\x12\x34\n\x06\x41ttach\x12\x15.octavo.AttachRequest\x1a\x13.octavo.AttachReply\x12@\n\nLoadColumn\x12\x19.octavo.LoadColumnRequest\x1a\x17.octavo.LoadColumnReply\x12@\n\x0b\x46\x65tchColumn\x12\x1a.octavo.FetchColumnRequest\x1a\x13.octavo.ColumnPiece0\x01\x12\x31\n\x05\x44rain\x12\x14.octavo.DrainRequest\x1a\x12.octavo.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=1257
-  _globals['_DTYPE']._serialized_end=1345
-  _globals['_STATUS']._serialized_start=1348
-  _globals['_STATUS']._serialized_end=1597
-  _globals['_REPLICASTATE']._serialized_start=1600
-  _globals['_REPLICASTATE']._serialized_end=1751
+  _globals['_DTYPE']._serialized_start=1612
+  _globals['_DTYPE']._serialized_end=1700
+  _globals['_STATUS']._serialized_start=1703
+  _globals['_STATUS']._serialized_end=1952
+  _globals['_REPLICASTATE']._serialized_start=1955
+  _globals['_REPLICASTATE']._serialized_end=2106
+  _globals['_WEIGHTPART']._serialized_start=2108
+  _globals['_WEIGHTPART']._serialized_end=2209
   _globals['_TENSOR']._serialized_start=31
   _globals['_TENSOR']._serialized_end=116
   _globals['_FORWARDREQUEST']._serialized_start=119
@@ -44,23 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MERGE']._serialized_start=321
   _globals['_MERGE']._serialized_end=362
   _globals['_FORWARDREPLY']._serialized_start=365
-  _globals['_FORWARDREPLY']._serialized_end=515
-  _globals['_INFOREQUEST']._serialized_start=517
-  _globals['_INFOREQUEST']._serialized_end=530
-  _globals['_INFOREPLY']._serialized_start=533
-  _globals['_INFOREPLY']._serialized_end=895
-  _globals['_ATTACHREQUEST']._serialized_start=897
-  _globals['_ATTACHREQUEST']._serialized_end=947
-  _globals['_ATTACHREPLY']._serialized_start=949
-  _globals['_ATTACHREPLY']._serialized_end=1010
-  _globals['_LOADCOLUMNREQUEST']._serialized_start=1012
-  _globals['_LOADCOLUMNREQUEST']._serialized_end=1091
-  _globals['_LOADCOLUMNREPLY']._serialized_start=1093
-  _globals['_LOADCOLUMNREPLY']._serialized_end=1180
-  _globals['_DRAINREQUEST']._serialized_start=1182
-  _globals['_DRAINREQUEST']._serialized_end=1216
-  _globals['_DRAINREPLY']._serialized_start=1218
-  _globals['_DRAINREPLY']._serialized_end=1255
-  _globals['_EXPERTSERVICE']._serialized_start=1754
-  _globals['_EXPERTSERVICE']._serialized_end=2049
+  _globals['_FORWARDREPLY']._serialized_end=562
+  _globals['_INFOREQUEST']._serialized_start=564
+  _globals['_INFOREQUEST']._serialized_end=577
+  _globals['_INFOREPLY']._serialized_start=580
+  _globals['_INFOREPLY']._serialized_end=964
+  _globals['_ATTACHREQUEST']._serialized_start=966
+  _globals['_ATTACHREQUEST']._serialized_end=1016
+  _globals['_ATTACHREPLY']._serialized_start=1018
+  _globals['_ATTACHREPLY']._serialized_end=1079
+  _globals['_LOADCOLUMNREQUEST']._serialized_start=1081
+  _globals['_LOADCOLUMNREQUEST']._serialized_end=1160
+  _globals['_LOADCOLUMNREPLY']._serialized_start=1162
+  _globals['_LOADCOLUMNREPLY']._serialized_end=1249
+  _globals['_FETCHCOLUMNREQUEST']._serialized_start=1251
+  _globals['_FETCHCOLUMNREQUEST']._serialized_end=1331
+  _globals['_COLUMNPIECE']._serialized_start=1334
+  _globals['_COLUMNPIECE']._serialized_end=1535
+  _globals['_DRAINREQUEST']._serialized_start=1537
+  _globals['_DRAINREQUEST']._serialized_end=1571
+  _globals['_DRAINREPLY']._serialized_start=1573
+  _globals['_DRAINREPLY']._serialized_end=1610
+  _globals['_EXPERTSERVICE']._serialized_start=2212
+  _globals['_EXPERTSERVICE']._serialized_end=2573
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,13 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
     REPLICA_STATE_FAILED: _ClassVar[ReplicaState]
+
+class WeightPart(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_PART_UNSPECIFIED: _ClassVar[WeightPart]
+    WEIGHT_PART_W1: _ClassVar[WeightPart]
+    WEIGHT_PART_W2: _ClassVar[WeightPart]
+    WEIGHT_PART_W3: _ClassVar[WeightPart]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
@@ -55,6 +62,10 @@ REPLICA_STATE_LOADING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
 REPLICA_STATE_FAILED: ReplicaState
+WEIGHT_PART_UNSPECIFIED: WeightPart
+WEIGHT_PART_W1: WeightPart
+WEIGHT_PART_W2: WeightPart
+WEIGHT_PART_W3: WeightPart
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "payload", "crc32")
@@ -97,27 +108,31 @@ class Merge(_message.Message):
     def __init__(self, entries: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("sequence", "status", "detail", "compute_us", "queue_us", "output")
+    __slots__ = ("sequence", "status", "detail", "compute_us", "queue_us", "header_crc32", "inflight_tokens", "output")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    HEADER_CRC32_FIELD_NUMBER: _ClassVar[int]
+    INFLIGHT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     status: Status
     detail: str
     compute_us: int
     queue_us: int
+    header_crc32: int
+    inflight_tokens: int
     output: Tensor
-    def __init__(self, sequence: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., output: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., header_crc32: _Optional[int] = ..., inflight_tokens: _Optional[int] = ..., output: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("replica_id", "expert_ids", "first_layer", "num_layers", "pid", "node_id", "address", "state", "inflight_tokens", "kernel", "numerics_domain", "machine_id", "weight_bytes", "map_epoch", "hidden_size", "tokens_total", "detail")
+    __slots__ = ("replica_id", "expert_ids", "first_layer", "num_layers", "pid", "node_id", "address", "state", "inflight_tokens", "kernel", "numerics_domain", "machine_id", "weight_bytes", "map_epoch", "hidden_size", "tokens_total", "detail", "ready_layers")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +150,7 @@ class InfoReply(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    READY_LAYERS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     expert_ids: _containers.RepeatedScalarFieldContainer[int]
     first_layer: int
@@ -152,7 +168,8 @@ class InfoReply(_message.Message):
     hidden_size: int
     tokens_total: int
     detail: str
-    def __init__(self, replica_id: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., inflight_tokens: _Optional[int] = ..., kernel: _Optional[str] = ..., numerics_domain: _Optional[str] = ..., machine_id: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., map_epoch: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tokens_total: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    ready_layers: int
+    def __init__(self, replica_id: _Optional[str] = ..., expert_ids: _Optional[_Iterable[int]] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., pid: _Optional[int] = ..., node_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., inflight_tokens: _Optional[int] = ..., kernel: _Optional[str] = ..., numerics_domain: _Optional[str] = ..., machine_id: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., map_epoch: _Optional[int] = ..., hidden_size: _Optional[int] = ..., tokens_total: _Optional[int] = ..., detail: _Optional[str] = ..., ready_layers: _Optional[int] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("machine_id", "lanes")
@@ -191,6 +208,36 @@ class LoadColumnReply(_message.Message):
     detail: str
     weight_bytes: int
     def __init__(self, status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., weight_bytes: _Optional[int] = ...) -> None: ...
+
+class FetchColumnRequest(_message.Message):
+    __slots__ = ("expert_id", "first_layer", "num_layers")
+    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    expert_id: int
+    first_layer: int
+    num_layers: int
+    def __init__(self, expert_id: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
+class ColumnPiece(_message.Message):
+    __slots__ = ("status", "detail", "layer_id", "expert_id", "part", "offset", "weight_crc32", "piece")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_ID_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CRC32_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    detail: str
+    layer_id: int
+    expert_id: int
+    part: WeightPart
+    offset: int
+    weight_crc32: int
+    piece: Tensor
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., detail: _Optional[str] = ..., layer_id: _Optional[int] = ..., expert_id: _Optional[int] = ..., part: _Optional[_Union[WeightPart, str]] = ..., offset: _Optional[int] = ..., weight_crc32: _Optional[int] = ..., piece: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_ms",)

@@ -54,6 +54,11 @@ class ExpertServiceStub:
                 request_serializer=protos_dot_expert__pb2.LoadColumnRequest.SerializeToString,
                 response_deserializer=protos_dot_expert__pb2.LoadColumnReply.FromString,
                 _registered_method=True)
+        self.FetchColumn = channel.unary_stream(
+                '/octavo.ExpertService/FetchColumn',
+                request_serializer=protos_dot_expert__pb2.FetchColumnRequest.SerializeToString,
+                response_deserializer=protos_dot_expert__pb2.ColumnPiece.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/octavo.ExpertService/Drain',
                 request_serializer=protos_dot_expert__pb2.DrainRequest.SerializeToString,
@@ -88,6 +93,12 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchColumn(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -116,6 +127,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.LoadColumn,
                     request_deserializer=protos_dot_expert__pb2.LoadColumnRequest.FromString,
                     response_serializer=protos_dot_expert__pb2.LoadColumnReply.SerializeToString,
+            ),
+            'FetchColumn': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchColumn,
+                    request_deserializer=protos_dot_expert__pb2.FetchColumnRequest.FromString,
+                    response_serializer=protos_dot_expert__pb2.ColumnPiece.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -231,6 +247,33 @@ class ExpertService:
             '/octavo.ExpertService/LoadColumn',
             protos_dot_expert__pb2.LoadColumnRequest.SerializeToString,
             protos_dot_expert__pb2.LoadColumnReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchColumn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octavo.ExpertService/FetchColumn',
+            protos_dot_expert__pb2.FetchColumnRequest.SerializeToString,
+            protos_dot_expert__pb2.ColumnPiece.FromString,
             options,
             channel_credentials,
             insecure,

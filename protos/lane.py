@@ -5,19 +5,21 @@ the coordinator writes routed rows to the first, a replica its answers to the se
 numbers of a frame are claims and checked here against the regions they point into. Sockets and mappings are
 `actors`' work (the coordinator's end in `dispatch`, the replica's in `expert`); errors are `protos.codec`'s.
 
-Rows carry no checksum: they do not travel. A replica that reads rows after their place was used again answers
-under a sequence number that nobody waits for.
+Every frame begins with the CRC-32C of its rest, and names that of the rows it speaks of: so rows are never taken for
+those of another message, and a replica that was frozen and reads rows whose place was used again knows it.
 """
 
 import struct
+from itertools import chain
 from typing import NamedTuple, cast
 
 import torch
 
+from protos.checksum import checksum
 from protos.codec import CodecError
 from protos.expert_pb2 import STATUS_CORRUPT, STATUS_INVALID, Status
 
-VERSION = 1
+VERSION = 3
 MAX_SEGMENTS = 64
 MAX_DETAIL_BYTES = 512
 TICKET_BYTES = 16
@@ -26,9 +28,10 @@ MAX_FRAME_BYTES = 2048
 _MAGIC = b"OctL"
 _HELLO = struct.Struct("<4sH16sIQQ")
 _WELCOME = struct.Struct("<4sH")
-_REQUEST = struct.Struct("<QIIQQQ")
+_CHECKSUM = struct.Struct("<I")
+_REQUEST = struct.Struct("<QIIQQQI")
 _SEGMENT = struct.Struct("<IQI")
-_REPLY = struct.Struct("<QIII")
+_REPLY = struct.Struct("<QIIIII")
 _SEGMENTS = tuple(struct.Struct("<" + "IQI" * count) for count in range(MAX_SEGMENTS + 1))
 
 
@@ -74,7 +77,10 @@ class Segment(NamedTuple):
 
 
 class LaneRequest(NamedTuple):
-    """Rows for the experts of one replica. The answers go, segment by segment, to row `reply_row` and on."""
+    """Rows for the experts of one replica. The answers go, segment by segment, to row `reply_row` and on.
+
+    `rows_crc` is the CRC-32C of the rows, segment by segment.
+    """
 
     sequence: int
     layer_id: int
@@ -82,6 +88,7 @@ class LaneRequest(NamedTuple):
     deadline_unix_us: int
     reply_row: int
     segments: tuple[Segment, ...]
+    rows_crc: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -92,60 +99,81 @@ class LaneRequest(NamedTuple):
         count = len(self.segments)
         if not 1 <= count <= MAX_SEGMENTS:
             raise ValueError(f"{count} segments, a frame holds 1 to {MAX_SEGMENTS}")
-        head = _REQUEST.pack(self.sequence, self.layer_id, count, self.map_epoch, self.deadline_unix_us, self.reply_row)
-        flat = [value for one in self.segments for value in (one.expert_id, one.first_row, one.num_rows)]
-        return head + _SEGMENTS[count].pack(*flat)
+        sequence, layer, epoch, deadline, reply_row, segments, crc = self
+        head = _REQUEST.pack(sequence, layer, count, epoch, deadline, reply_row, crc)
+        return _sealed(head + _SEGMENTS[count].pack(*chain.from_iterable(segments)))
 
     @classmethod
     def unpack(cls, frame: bytes, *, num_rows: int, num_replies: int) -> "LaneRequest":
-        """Raises CodecError, with the sequence number where it could be read, unless all rows lie in the regions."""
+        """Raises CodecError unless all rows lie in the regions; with the sequence number, if that can be believed."""
+        frame = _unsealed(frame)
         if len(frame) < _REQUEST.size:
             raise CodecError(STATUS_CORRUPT, f"a request of {len(frame)} bytes")
-        sequence, layer, count, epoch, deadline, reply_row = _REQUEST.unpack_from(frame)
+        sequence, layer, count, epoch, deadline, reply_row, crc = _REQUEST.unpack_from(frame)
         if not 1 <= count <= MAX_SEGMENTS or len(frame) != _REQUEST.size + count * _SEGMENT.size:
             raise CodecError(STATUS_CORRUPT, f"{count} segments in a frame of {len(frame)} bytes", sequence)
         if sequence == 0:
             raise CodecError(STATUS_INVALID, "a request's sequence number must not be 0")
         flat = _SEGMENTS[count].unpack_from(frame, _REQUEST.size)
-        segments = tuple([Segment(*flat[at : at + 3]) for at in range(0, 3 * count, 3)])
+        segments = (Segment(*flat),) if count == 1 else tuple(map(Segment, flat[::3], flat[1::3], flat[2::3]))
         total = 0
-        for segment in segments:
-            if segment.num_rows < 1 or segment.first_row + segment.num_rows > num_rows:
-                said = f"rows {segment.first_row} + {segment.num_rows} of a region of {num_rows}"
-                raise CodecError(STATUS_INVALID, said, sequence)
-            total += segment.num_rows
+        for _, first, rows in segments:
+            if rows < 1 or first + rows > num_rows:
+                raise CodecError(STATUS_INVALID, f"rows {first} + {rows} of a region of {num_rows}", sequence)
+            total += rows
         if reply_row + total > num_replies:
             raise CodecError(STATUS_INVALID, f"answers {reply_row} + {total} of a region of {num_replies}", sequence)
-        return cls(sequence, layer, epoch, deadline, reply_row, segments)
+        return cls(sequence, layer, epoch, deadline, reply_row, segments, crc)
 
 
 class LaneReply(NamedTuple):
-    """The answers are in place when `status` is OK; else `detail` says why not. Times in microseconds."""
+    """The answers are in place when `status` is OK; else `detail` says why not. Times in microseconds.
+
+    `rows_crc` is the CRC-32C of the answers, from the first to the last. `inflight_tokens` are everybody's at the
+    replica after these.
+    """
 
     sequence: int
     status: Status
     compute_us: int = 0
     queue_us: int = 0
     detail: str = ""
+    rows_crc: int = 0
+    inflight_tokens: int = 0
 
     def pack(self) -> bytes:
-        detail = self.detail.encode(errors="replace")[:MAX_DETAIL_BYTES]
-        compute_us, queue_us = min(self.compute_us, _MAX_U32), min(self.queue_us, _MAX_U32)
-        return _REPLY.pack(self.sequence, self.status, compute_us, queue_us) + detail
+        sequence, status, compute_us, queue_us, detail, crc, tokens = self
+        compute_us, queue_us, tokens = min(compute_us, _MAX_U32), min(queue_us, _MAX_U32), min(tokens, _MAX_U32)
+        head = _REPLY.pack(sequence, status, compute_us, queue_us, crc, tokens)
+        return _sealed(head + detail.encode(errors="replace")[:MAX_DETAIL_BYTES] if detail else head)
 
     @classmethod
     def unpack(cls, frame: bytes) -> "LaneReply":
         """Raises CodecError for a frame that is none."""
+        frame = _unsealed(frame)
         if not _REPLY.size <= len(frame) <= _REPLY.size + MAX_DETAIL_BYTES:
             raise CodecError(STATUS_CORRUPT, f"a reply of {len(frame)} bytes")
-        sequence, status, compute_us, queue_us = _REPLY.unpack_from(frame)
-        if status not in Status.values():
+        sequence, status, compute_us, queue_us, crc, tokens = _REPLY.unpack_from(frame)
+        if status not in _STATUSES:
             raise CodecError(STATUS_CORRUPT, f"status {status} is unknown", sequence)
-        detail = frame[_REPLY.size :].decode(errors="replace")
-        return cls(sequence, cast(Status, status), compute_us, queue_us, detail)
+        detail = frame[_REPLY.size :].decode(errors="replace") if len(frame) > _REPLY.size else ""
+        return cls(sequence, cast(Status, status), compute_us, queue_us, detail, crc, tokens)
 
 
 _MAX_U32 = 0xFFFFFFFF
+_STATUSES = frozenset(Status.values())
+
+
+def _sealed(content: bytes) -> bytes:
+    return _CHECKSUM.pack(checksum(content)) + content
+
+
+def _unsealed(frame: bytes) -> bytes:
+    """A frame's content. Raises CodecError when it is damaged: then nothing in it can be believed."""
+    content = frame[_CHECKSUM.size :]
+    if len(frame) < _CHECKSUM.size or _CHECKSUM.unpack_from(frame)[0] != checksum(content):
+        raise CodecError(STATUS_CORRUPT, f"a frame of {len(frame)} bytes is damaged: its CRC-32C is another")
+    return content
 
 
 def region_bytes(num_rows: int, width: int) -> int:
