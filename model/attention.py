@@ -8,8 +8,7 @@ The keys and values of a call are copied into one buffer first, small enough for
 must not see get the weight 0, which is why blocks must hold finite numbers wherever their owner has not
 written: see `cleared` of the plan.
 
-On CUDA keys and values are stored in bf16 and widened to fp32; written plainly, and not run there by the test
-suite.
+On CUDA keys and values are stored in bf16 and widened to fp32.
 
 Tensor suffixes: T tokens, H query heads, P rows of the plan, G kv heads, h heads per kv head, n sequences of a
 job, Q query tokens of a sequence, R query rows per kv head (Q times h), S keys, d head_dim.
@@ -20,12 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_plan import Job, Masks, plan_attention
 from model.attention_probe import calibrate_attention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
+from model.fused_attention import fused_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +70,7 @@ class PagedAttention:
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._scale: float = config.head_dim**-0.5
+        self._attend = fused_attention(self._device)
         self.shape = calibrate_attention(config, self._device)
         self._masks = Masks(self.shape, self._device)
         self._buffer = torch.empty(0, device=self._device)
@@ -135,7 +135,7 @@ class PagedAttention:
             q_nQGhd = q_PGhd.view(job.sequences, -1, kv_heads, heads, width)
             q_nGRd = q_nQGhd.transpose(1, 2).reshape(job.sequences, kv_heads, -1, width)
         for call in job.calls:
-            answers_nGRd = scaled_dot_product_attention(
+            answers_nGRd = self._attend(
                 q_nGRd if len(job.calls) == 1 else q_nGRd[:, :, call.queries],
                 call.k_nGSd,
                 call.v_nGSd,

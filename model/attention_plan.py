@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from model.batch import ForwardBatch, SequenceSlice
+from model.device_calls import upload
 from model.numerics import RowClass
 
 LARGEST_BLOCK = 128
 KEY_SPAN = 512
 CHUNK_BYTES = 1 << 20  # keys and values read by one call: they should still be in the cache when used
-_WASTE_BYTES = 1 << 17  # padding of one sequence's keys and values that is cheaper than a call of its own
+WASTE_BYTES = 1 << 17  # padding of one sequence's keys and values that is cheaper than a call of its own
+# A GPU reads megabytes in the time that it takes to start a call.
+CUDA_CHUNK_BYTES = 1 << 28
+CUDA_WASTE_BYTES = 1 << 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class AttentionShape:
     token_class: RowClass
     key_class: RowClass
     batch_class: RowClass
+    chunk_bytes: int = CHUNK_BYTES
+    waste_bytes: int = WASTE_BYTES
 
     @property
     def key_bytes(self) -> int:
@@ -56,7 +62,8 @@ class AttentionShape:
 class Masks:
     """What is added to scores: 0 where a query sees a key, -inf where not; views of one table, grown as needed.
 
-    Row r belongs to query token r // heads, column x to the key at distance x - reach from the first token's.
+    Row r belongs to query token r // heads, column x to the key at distance x - reach from the first token's. On a GPU
+    masks are made anew, contiguous, as its kernel wants them.
     """
 
     def __init__(self, shape: AttentionShape, device: torch.device | str) -> None:
@@ -69,12 +76,24 @@ class Masks:
 
     def rows(self, firsts: Sequence[int], rows: int, keys: int) -> Tensor:
         """(n or 1, 1, rows, keys): per sequence the first query's position, counted from the first key's."""
+        if torch.device(self._device).type == "cuda":
+            return self.made(firsts, rows, keys)
         if max(max(firsts), keys) > self._reach:
             self._grow(max(max(firsts), keys))
         starts = [self._reach - first for first in firsts]
         if starts.count(starts[0]) == len(starts):
             return self._table[None, None, :rows, starts[0] : starts[0] + keys]
         return torch.stack([self._table[None, :rows, start : start + keys] for start in starts])
+
+    def made(self, firsts: Sequence[int], rows: int, keys: int) -> Tensor:
+        """The same without the table, of the full size (n, 1, rows, keys)."""
+        first_n = upload(torch.tensor(firsts), self._device)
+        token_R = torch.arange(rows, device=self._device) // self._heads
+        ahead_nRS = torch.arange(keys, device=self._device) - (first_n[:, None, None] + token_R[:, None])
+        hidden = ahead_nRS > 0
+        if self._window is not None:
+            hidden |= ahead_nRS <= -self._window
+        return torch.zeros(hidden.shape, device=self._device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
     def _grow(self, reach: int) -> None:
         self._reach = -(-reach // KEY_SPAN) * KEY_SPAN
@@ -166,8 +185,8 @@ def plan_attention(
     ]
     gathered_P, restored_T = rows.orders(device)
     return AttentionPlan(
-        torch.tensor(slots, device=device),
-        torch.tensor(cleared, device=device) if cleared else None,
+        upload(torch.tensor(slots), device),
+        upload(torch.tensor(cleared), device) if cleared else None,
         gathered_P,
         restored_T,
         len(rows.tokens),
@@ -218,7 +237,7 @@ def _shared(group: list[_Work], shape: AttentionShape) -> Iterator[list[_Work]]:
     group = sorted(group, key=lambda work: -work.keys)
     while group:
         keys = group[0].keys
-        most = min(len(group), CHUNK_BYTES // (keys * shape.key_bytes))
+        most = min(len(group), shape.chunk_bytes // (keys * shape.key_bytes))
         alike = next((at for at in range(1, most) if _wasteful(keys - group[at].keys, shape)), max(1, most))
         size = max(size for size in shape.batch_class.buckets if size <= alike)
         yield group[:size]
@@ -226,7 +245,7 @@ def _shared(group: list[_Work], shape: AttentionShape) -> Iterator[list[_Work]]:
 
 
 def _wasteful(padding: int, shape: AttentionShape) -> bool:
-    return padding * shape.key_bytes > _WASTE_BYTES
+    return padding * shape.key_bytes > shape.waste_bytes
 
 
 class _Rows:
@@ -251,7 +270,7 @@ class _Rows:
         if self.tokens == list(range(len(self.tokens))):
             return None, None
         restored = [self._row_of[token] for token in range(len(self._row_of))]
-        return torch.tensor(self.tokens, device=device), torch.tensor(restored, device=device)
+        return upload(torch.tensor(self.tokens), device), upload(torch.tensor(restored), device)
 
 
 def _job(
@@ -271,7 +290,7 @@ def _job(
     for index, bucket in enumerate(buckets):
         pieces.append(_piece(members, index, slice(at, at + bucket), shape, masks))
         at += bucket
-    return Job(rows.take(members, buckets), len(members), at, torch.tensor(blocks, device=device), tuple(pieces))
+    return Job(rows.take(members, buckets), len(members), at, upload(torch.tensor(blocks), device), tuple(pieces))
 
 
 def _piece(members: Sequence[_Work], index: int, tokens: slice, shape: AttentionShape, masks: Masks) -> Piece:

@@ -7,37 +7,42 @@ Tensor suffixes: n sequences, Q query tokens of a sequence, G kv heads, h query 
 head_dim, X = h times d, M rows of one call.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from model.attention_plan import CHUNK_BYTES, KEY_SPAN, AttentionShape
+from model.attention_plan import (
+    CHUNK_BYTES,
+    CUDA_CHUNK_BYTES,
+    CUDA_WASTE_BYTES,
+    KEY_SPAN,
+    WASTE_BYTES,
+    AttentionShape,
+)
 from model.config import ModelConfig
+from model.fused_attention import Attend, fused_attention
 from model.kernels import KernelError
 from model.numerics import RowClass, calibrate_rows, same_bits
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64)
 _LARGEST_ROWS = 128
+_CUDA_TOKENS = (*_TOKENS, 128, 256)
+_CUDA_LARGEST_ROWS = 1024
 _KEYS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448)
 _SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16)
+_CUDA_SEQUENCES = (*_SEQUENCES, 24, 32, 48, 64, 96, 128)
 _BATCH_KEYS = 64
 _POOL = 2
 
-Attend = Callable[..., Tensor]  # called as torch's scaled_dot_product_attention
-
 
 @torch.no_grad()
-def calibrate_attention(
-    config: ModelConfig, device: torch.device, attend: Attend = scaled_dot_product_attention
-) -> AttentionShape:
+def calibrate_attention(config: ModelConfig, device: torch.device, attend: Attend | None = None) -> AttentionShape:
     """The numbers of query tokens, keys and sequences that agree bit for bit on this machine and thread count.
 
-    Raises KernelError where, on a CPU, keys that are masked change a result however they are cut.
+    Raises KernelError where keys that are masked change a result however they are cut.
     """
-    probe = _Probe(config, device, attend)
-    if device.type == "cpu" and not probe.spans_agree():
+    probe = _Probe(config, device, attend or fused_attention(device))
+    on_gpu = device.type == "cuda"
+    if not probe.spans_agree():
         raise KernelError("fused attention rounds by what is masked on this machine, so exact numbers cannot be kept")
     token_class = probe.token_class()
     key_class = probe.key_class(token_class)
@@ -49,6 +54,8 @@ def calibrate_attention(
         token_class=token_class,
         key_class=key_class,
         batch_class=probe.batch_class(token_class, key_class.bucket(_BATCH_KEYS)),
+        chunk_bytes=CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES,
+        waste_bytes=CUDA_WASTE_BYTES if on_gpu else WASTE_BYTES,
     )
 
 
@@ -57,8 +64,14 @@ class _Probe:
 
     def __init__(self, config: ModelConfig, device: torch.device, attend: Attend) -> None:
         self._attend = attend
-        generator = torch.Generator().manual_seed(2)
         self._heads = config.num_heads // config.num_kv_heads
+        on_gpu = device.type == "cuda"
+        tokens = _CUDA_TOKENS if on_gpu else _TOKENS
+        most_tokens = max(1, (_CUDA_LARGEST_ROWS if on_gpu else _LARGEST_ROWS) // self._heads)
+        self._tokens = [count for count in tokens if count <= most_tokens]
+        self._sequences = _CUDA_SEQUENCES if on_gpu else _SEQUENCES
+        self._chunk_bytes = CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES
+        generator = torch.Generator().manual_seed(2)
         self._width = config.head_dim
         self._device = device
         shape = (2, config.num_kv_heads, 2 * KEY_SPAN, config.head_dim)
@@ -68,14 +81,12 @@ class _Probe:
 
     def token_class(self) -> RowClass:
         """Query tokens per sequence, over one span and over two."""
-        most = max(1, _LARGEST_ROWS // self._heads)
 
         def answers(x_QX: Tensor) -> Tensor:
             one, two = self._answers(x_QX[None], KEY_SPAN), self._answers(x_QX[None], 2 * KEY_SPAN, KEY_SPAN + 90)
             return torch.cat((one, two), dim=-1)[0]
 
-        candidates = [tokens for tokens in _TOKENS if tokens <= most]
-        return calibrate_rows(answers, self._pool_QX.shape[1], candidates, pool_rows=_POOL, device=self._device)
+        return calibrate_rows(answers, self._pool_QX.shape[1], self._tokens, pool_rows=_POOL, device=self._device)
 
     def key_class(self, token_class: RowClass) -> RowClass:
         """Numbers of keys that answer as a whole span does of which the rest is masked."""
@@ -84,8 +95,8 @@ class _Probe:
 
     def batch_class(self, token_class: RowClass, keys: int) -> RowClass:
         """Numbers of sequences that may share a call, whatever their query tokens; 1 always may."""
-        most = max(1, CHUNK_BYTES // (keys * self._key_bytes))
-        sizes = [size for size in _SEQUENCES if size <= most]
+        most = max(1, self._chunk_bytes // (keys * self._key_bytes))
+        sizes = [size for size in self._sequences if size <= most]
         for tokens in token_class.buckets:
             width = tokens * self._pool_QX.shape[1]
 

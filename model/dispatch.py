@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.device_calls import upload
+
 _FEW_TOKENS = 2
 
 
@@ -77,20 +79,15 @@ def dispatch(x_TD: Tensor, logits_TE: Tensor, top_k: int) -> DispatchPlan:
     order_N = experts_TK.ravel().argsort(kind="stable")
     slots_N = np.empty_like(order_N)
     slots_N[order_N] = np.arange(order_N.size)
-    device = x_TD.device
     chosen_TK = torch.from_numpy(scores_TE[np.arange(len(scores_TE))[:, None], experts_TK])
-    return DispatchPlan(
-        x_TD=x_TD,
-        tokens_N=torch.from_numpy(order_N // top_k).to(device),
-        counts=tuple(np.bincount(experts_TK.ravel(), minlength=num_experts).tolist()),
-        slots_TK=torch.from_numpy(slots_N.reshape(experts_TK.shape)).to(device),
-        weights_TK=torch.softmax(chosen_TK, dim=-1).to(device),
-    )
+    counts = tuple(np.bincount(experts_TK.ravel(), minlength=num_experts).tolist())
+    tokens_N, slots_TK = torch.from_numpy(order_N // top_k), torch.from_numpy(slots_N.reshape(experts_TK.shape))
+    return _plan(x_TD, tokens_N, counts, slots_TK, chosen_TK)
 
 
 def _dispatch_few(x_TD: Tensor, scores_TE: list[list[float]], top_k: int) -> DispatchPlan:
     """The same in plain Python: for a token or two that is three times quicker than a dozen calls into numpy."""
-    num_experts, device = len(scores_TE[0]), x_TD.device
+    num_experts = len(scores_TE[0])
     experts_TK = [sorted(sorted(range(num_experts), key=row.__getitem__, reverse=True)[:top_k]) for row in scores_TE]
     routed = sorted((expert, token, k) for token, row in enumerate(experts_TK) for k, expert in enumerate(row))
     slots_TK = [[0] * top_k for _ in scores_TE]
@@ -99,13 +96,21 @@ def _dispatch_few(x_TD: Tensor, scores_TE: list[list[float]], top_k: int) -> Dis
         slots_TK[token][k] = slot
         counts[expert] += 1
     chosen_TK = [[scores[expert] for expert in row] for scores, row in zip(scores_TE, experts_TK, strict=True)]
-    return DispatchPlan(
-        x_TD=x_TD,
-        tokens_N=torch.tensor([token for _, token, _ in routed], device=device),
-        counts=tuple(counts),
-        slots_TK=torch.tensor(slots_TK, device=device),
-        weights_TK=torch.softmax(torch.tensor(chosen_TK, dtype=torch.float32), dim=-1).to(device),
-    )
+    tokens_N = torch.tensor([token for _, token, _ in routed])
+    return _plan(x_TD, tokens_N, tuple(counts), torch.tensor(slots_TK), torch.tensor(chosen_TK, dtype=torch.float32))
+
+
+def _plan(x_TD: Tensor, tokens_N: Tensor, counts: tuple[int, ...], slots_TK: Tensor, chosen_TK: Tensor) -> DispatchPlan:
+    """The plan, where x_TD is. To a GPU goes one copy: each costs about as much as a small kernel."""
+    weights_TK = torch.softmax(chosen_TK, dim=-1)
+    if x_TD.is_cuda:
+        parts = (tokens_N, slots_TK, weights_TK)
+        sent = upload(torch.cat([part.view(-1).view(torch.uint8) for part in parts]), x_TD.device)
+        ends = [tokens_N.nbytes, tokens_N.nbytes + slots_TK.nbytes]
+        tokens_N = sent[: ends[0]].view(torch.int64)
+        slots_TK = sent[ends[0] : ends[1]].view(torch.int64).view(slots_TK.shape)
+        weights_TK = sent[ends[1] :].view(torch.float32).view(weights_TK.shape)
+    return DispatchPlan(x_TD, tokens_N, counts, slots_TK, weights_TK)
 
 
 def _dense(x_TD: Tensor) -> DispatchPlan:

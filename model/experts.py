@@ -7,17 +7,18 @@ Tensor suffixes: M rows of one call, D model dim, F ffn dim, N routed rows.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model.device_calls import GraphedCalls, Staging
+from model.canary import Digest, canary_rows
+from model.device_calls import GraphedCall, GraphedCalls, Staging, prepare_device
 from model.dispatch import DispatchPlan
 from model.kernels import Kernel, PackedLinear, arithmetic, get_kernel, numerics_domain, self_test
 from model.memory import release_freed_memory
-from model.numerics import RowClass, RowFunction, calibrate_rows, map_rows, row_candidates
-from model.storage.weight_source import WeightSource
+from model.numerics import RowClass, bit_marks, calibrate_rows, map_rows, row_candidates
+from model.storage.weight_source import TensorReader
 
 OnTensor = Callable[[str, int], None]
 Calibrations = dict[Hashable, RowClass]
@@ -32,6 +33,8 @@ class ExpertFFN:
 
     gate_up: tuple[PackedLinear, ...]
     w2: PackedLinear
+    w2_class: RowClass | None = None
+    """Where w2 is called with other row counts than the rest: libraries cut its long sums up by them."""
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -47,72 +50,154 @@ class ExpertFFN:
         return 6 * self.w2.in_features * self.w2.out_features
 
     def __call__(self, x_MD: Tensor) -> Tensor:
-        """y_MD, for a row count of the calibrated class only.
+        """y_MD, for a row count of the calibrated class only."""
+        return self._down(_swiglu(*self._gate_up(x_MD)))
 
-        silu is spelled x / (1 + exp(-x)): torch's own rounds the last elements of a buffer by another
-        formula.
+    def stages(self, x_MD: Tensor) -> Tensor:
+        """y_MD, and beside it what stands for every bit of the first products, which the last one may round away."""
+        gate_MF, up_MF = self._gate_up(x_MD)
+        marks = [bit_marks(gate_MF), bit_marks(up_MF)]
+        return torch.cat((*marks, self._down(_swiglu(gate_MF, up_MF))), dim=1)
+
+    def canary(self, device: torch.device) -> bytes:
+        """A digest of each product's answer to known rows, of the step between them, and of weights that can be shown.
+
+        Product by product, because on the way through the next one most of a small difference is rounded away.
         """
+        digest = Digest()
+        gate_MF, up_MF = self._gate_up(canary_rows(self.gate_up[0].in_features, device))
+        y_MD = self.w2(canary_rows(self.w2.in_features, device))
+        for answer in (gate_MF, up_MF, _swiglu(gate_MF, up_MF), y_MD):
+            digest.answers(answer)
+        for linear in (*self.gate_up, self.w2):
+            for held in linear.held:
+                digest.weights(held)
+        return digest.value()
+
+    def _down(self, hidden_MF: Tensor) -> Tensor:
+        return self.w2(hidden_MF) if self.w2_class is None else map_rows(self.w2, hidden_MF, self.w2_class)
+
+    def _gate_up(self, x_MD: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.gate_up) == 1:
             both_MF, width = self.gate_up[0](x_MD), self.w2.in_features
-            gate_MF, up_MF = both_MF[:, :width], both_MF[:, width:]
-        else:
-            gate_MF, up_MF = self.gate_up[0](x_MD), self.gate_up[1](x_MD)
-        hidden_MF = gate_MF.neg().exp_().add_(1.0)
-        return self.w2(torch.div(gate_MF, hidden_MF, out=hidden_MF).mul_(up_MF))
+            return both_MF[:, :width], both_MF[:, width:]
+        return self.gate_up[0](x_MD), self.gate_up[1](x_MD)
+
+
+def _swiglu(gate_MF: Tensor, up_MF: Tensor) -> Tensor:
+    """On CPUs silu is spelled x / (1 + exp(-x)): torch's own rounds a buffer's last elements by another formula."""
+    if gate_MF.is_cuda:
+        return torch.nn.functional.silu(gate_MF).mul_(up_MF)
+    hidden_MF = gate_MF.neg().exp_().add_(1.0)
+    return torch.div(gate_MF, hidden_MF, out=hidden_MF).mul_(up_MF)
 
 
 class ExpertColumn:
     """One logical expert's FFNs for a range of layers. A row's result does not depend on its neighbours."""
 
     def __init__(
-        self, expert: int, ffns: Mapping[int, ExpertFFN], device: torch.device, calibrated: Calibrations
+        self,
+        expert: int,
+        ffns: Mapping[int, ExpertFFN],
+        device: torch.device,
+        calibrated: Calibrations,
+        *,
+        graphs: bool = True,
     ) -> None:
         if not ffns:
             raise ValueError(f"expert {expert} was given no layers")
         self.expert = expert
         self.device = device
-        self._ffns = dict(ffns)
-        self._calls: Mapping[int, RowFunction] = self._ffns
+        self._ffns: dict[int, ExpertFFN] = {}
+        self._graphed: dict[int, GraphedCall] = {}
+        self._row_classes: dict[int, RowClass] = {}
         self._staging = Staging(device) if device.type == "cuda" else None
+        self._graphs = GraphedCalls() if graphs and device.type == "cuda" else None
         if device.type == "cuda":
-            graphs = GraphedCalls()
-            self._calls = {layer: graphs.wrap(ffn) for layer, ffn in self._ffns.items()}
-        self._row_classes = {layer: _ffn_row_class(ffn, device, calibrated) for layer, ffn in ffns.items()}
+            ffns = {layer: replace(ffn, w2_class=_w2_row_class(ffn, device, calibrated)) for layer, ffn in ffns.items()}
+        self._hold(ffns, {layer: _ffn_row_class(ffn, device, calibrated) for layer, ffn in ffns.items()})
 
     @classmethod
     def load(
         cls,
-        checkpoint: WeightSource,
+        checkpoint: TensorReader,
         expert: int,
         layers: range,
         kernel: str,
         device: torch.device | str,
         on_tensor: OnTensor | None = None,
         calibrated: Calibrations | None = None,
+        *,
+        graphs: bool = True,
     ) -> "ExpertColumn":
         """Read and pack one tensor at a time, so that memory peaks at the packed weights and one fp32 tensor.
 
         `on_tensor(name, packed bytes)` is called for each. `calibrated` lets columns of one process share
-        row classes. Raises KernelError when `kernel` is not usable here, CheckpointError when a tensor is
-        not.
+        row classes. Without `graphs` a GPU is given kernel after kernel, for comparison. Raises KernelError when
+        `kernel` is not usable here, CheckpointError when a tensor is not.
         """
         device = torch.device(device)
+        prepare_device(device)
         chosen = get_kernel(kernel, device)
         self_test(kernel, device)
         ffns = {layer: _load_ffn(checkpoint, layer, expert, chosen, device, on_tensor) for layer in layers}
-        return cls(expert, ffns, device, {} if calibrated is None else calibrated)
+        return cls(expert, ffns, device, {} if calibrated is None else calibrated, graphs=graphs)
+
+    def absorb(self, other: "ExpertColumn") -> None:
+        """Holds the layers of another column of this expert, too, which was packed for the same device.
+
+        Rows may be on their way through the layers held before. Raises ValueError for a column that does not fit.
+        """
+        if (other.expert, other.device) != (self.expert, self.device):
+            raise ValueError(f"expert {other.expert} on {other.device} is no part of {self.expert} on {self.device}")
+        self._hold(other._ffns, other._row_classes)
+
+    def _hold(self, ffns: Mapping[int, ExpertFFN], row_classes: Mapping[int, RowClass]) -> None:
+        if self._graphs is not None:
+            self._graphed |= {at: self._graphs.wrap(ffn) for at, ffn in ffns.items()}
+        self._row_classes |= row_classes
+        self._ffns |= ffns
 
     def forward(self, layer: int, x_MD: Tensor) -> Tensor:
         """y_MD (fp32) of this expert in `layer`; KeyError for a layer that the column does not hold.
 
         The answer is where the column is, but for rows that come from the host: theirs goes back there.
         """
-        call, row_class = self._calls[layer], self._row_classes[layer]
+        call, row_class = self._ffns[layer], self._row_classes[layer]
+        if self._staging is None and x_MD.dtype is torch.float32 and not torch.is_grad_enabled():
+            return map_rows(call, x_MD, row_class)  # the hot loop of a CPU: each call that does nothing costs
         with torch.no_grad():
-            if self._staging is None or x_MD.device.type != "cpu":
+            if self._staging is None:
                 return map_rows(call, x_MD.to(self.device, torch.float32), row_class)
-            rows_MD = self._staging.to_device(x_MD).to(torch.float32)
-            return self._staging.to_host(map_rows(call, rows_MD, row_class))
+            if x_MD.device.type != "cpu":
+                return self._on_gpu(layer, x_MD.to(torch.float32)).clone()
+            return self._staging.to_host(self._on_gpu(layer, self._staging.to_device(x_MD).to(torch.float32)))
+
+    def forward_into(self, layer: int, x_MD: Tensor, out_MD: Tensor) -> None:
+        """`forward`, of fp32 rows where the column is, to where the answers belong."""
+        if self._staging is None:
+            out_MD.copy_(self.forward(layer, x_MD))
+            return
+        with torch.no_grad():
+            out_MD.copy_(self._on_gpu(layer, x_MD))
+
+    def _on_gpu(self, layer: int, x_MD: Tensor) -> Tensor:
+        """y_MD, to be copied before the next call."""
+        row_class, rows = self._row_classes[layer], len(x_MD)
+        graphed = self._graphed.get(layer)
+        if graphed is not None and 1 <= rows <= row_class.buckets[-1]:
+            answers_MD = graphed.padded(x_MD, row_class.bucket(rows))
+            if answers_MD is not None:
+                return answers_MD
+        return map_rows(self._ffns[layer], x_MD, row_class)
+
+    def canary(self, layer: int) -> bytes:
+        """What stays the same, bit for bit, as long as this layer's weights and arithmetic do.
+
+        Only answers of one thread, or of threads set up alike, may be compared.
+        """
+        with torch.no_grad():
+            return self._ffns[layer].canary(self.device)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -133,7 +218,8 @@ class ExpertColumn:
     def numerics_domain(self) -> str:
         """Replicas of this expert with the same domain give the same bits."""
         kernels = "+".join(map(arithmetic, self.kernel.split("+")))
-        classes = "/".join(sorted({str(row_class) for row_class in self._row_classes.values()}))
+        inner = [ffn.w2_class for ffn in self._ffns.values() if ffn.w2_class is not None]
+        classes = "/".join(sorted({str(row_class) for row_class in (*self._row_classes.values(), *inner)}))
         return numerics_domain(self.device, {"kernel": kernels, "ffn_rows": classes})
 
 
@@ -145,6 +231,11 @@ class LocalExperts:
         if len(self._columns) != len(columns):
             raise ValueError("two columns hold the same expert")
 
+    @property
+    def columns(self) -> tuple[ExpertColumn, ...]:
+        """By ascending expert."""
+        return tuple(self._columns[expert] for expert in sorted(self._columns))
+
     def run(self, layer: int, plan: DispatchPlan) -> Tensor:
         """out_ND: the rows of `plan`, each through its expert in `layer`."""
         if len(plan.counts) == 1:
@@ -154,12 +245,12 @@ class LocalExperts:
         for expert, count in enumerate(plan.counts):
             if count:
                 rows = plan.rows(expert)
-                out_ND[rows] = self._columns[expert].forward(layer, x_ND[rows])
+                self._columns[expert].forward_into(layer, x_ND[rows], out_ND[rows])
         return out_ND
 
 
 def _load_ffn(
-    checkpoint: WeightSource,
+    checkpoint: TensorReader,
     layer: int,
     expert: int,
     kernel: Kernel,
@@ -179,16 +270,27 @@ def _load_ffn(
     return ExpertFFN(gate_up, packed("w2"))
 
 
-def _read_each(checkpoint: WeightSource, names: Sequence[str], device: torch.device) -> Iterator[Tensor]:
+def _read_each(checkpoint: TensorReader, names: Sequence[str], device: torch.device) -> Iterator[Tensor]:
     for name in names:
         yield checkpoint.read(name, torch.float32, device)
         release_freed_memory()
 
 
+def _w2_row_class(ffn: ExpertFFN, device: torch.device, calibrated: Calibrations) -> RowClass:
+    """Calibrated by itself, once per shape and kernel."""
+    w2 = ffn.w2
+    key = ("w2", w2.out_features, w2.in_features, w2.kernel)
+    if key not in calibrated:
+        candidates = row_candidates(2 * w2.out_features * w2.in_features, device)
+        calibrated[key] = calibrate_rows(w2, w2.in_features, candidates, device=device)
+    return calibrated[key]
+
+
 def _ffn_row_class(ffn: ExpertFFN, device: torch.device, calibrated: Calibrations) -> RowClass:
-    """Calibrated over the whole FFN, once per shape and kernel."""
+    """Calibrated over all stages of the FFN, once per shape and kernel."""
     width = ffn.w2.out_features
     key = ("ffn", width, ffn.w2.in_features, ffn.kernels)
     if key not in calibrated:
-        calibrated[key] = calibrate_rows(ffn, width, row_candidates(ffn.flops_per_row, device), device=device)
+        candidates = row_candidates(ffn.flops_per_row, device)
+        calibrated[key] = calibrate_rows(ffn.stages, width, candidates, device=device)
     return calibrated[key]

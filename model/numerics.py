@@ -25,9 +25,13 @@ ROW_CANDIDATES = (
     *range(144, 257, 16),
     *(320, 384, 448, 512),
 )
-_POOL_ROWS = 4
+# Each is a CUDA graph per layer, up to 256; below the ridge of a GPU padding costs next to nothing.
+CUDA_ROW_CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_POOL_ROWS = {"cpu": 4, "cuda": 16}
+_MARKED_AT_ONCE = 16  # rows, of which there is a copy then
 _ALIGNMENT_BYTES = 64
-_CALL_COST_ROWS = 16  # reading the weights once costs about as much as the arithmetic of this many rows
+# Reading the weights once costs about as much as the arithmetic of this many rows.
+_CALL_COST_ROWS = {"cpu": 16, "cuda": 256}
 _ALWAYS_CALIBRATED = 32
 _CALIBRATION_FLOPS = {"cpu": 1.3e10, "cuda": 8e12}
 
@@ -56,9 +60,9 @@ class RowClass:
             count = min(self.buckets[-1], rows - start)
             yield start, count, self.bucket(count)
 
-    def cost(self, rows: int) -> int:
-        """Work for `rows`, in rows, counting each call's reading of the weights."""
-        return sum(_CALL_COST_ROWS + bucket for _, _, bucket in self.pieces(rows))
+    def cost(self, rows: int, call_rows: int) -> int:
+        """Work for `rows`, in rows, each call's reading of the weights counted as `call_rows`."""
+        return sum(call_rows + bucket for _, _, bucket in self.pieces(rows))
 
     def __str__(self) -> str:
         return ".".join(map(str, self.buckets))
@@ -70,11 +74,12 @@ def row_candidates(flops_per_row: float, device: torch.device | str = "cpu") -> 
     Counts up to 32 are always tried; larger ones while all together stay under 13 GFLOP, on a GPU 8 TFLOP. A
     count left out only means that more rows are cut into more calls.
     """
-    most = _CALIBRATION_FLOPS[torch.device(device).type]
+    kind = torch.device(device).type
+    most = _CALIBRATION_FLOPS[kind]
     chosen: list[int] = []
     total = 0.0
-    for rows in ROW_CANDIDATES:
-        total += rows * len(_shifts(rows, _POOL_ROWS)) * flops_per_row
+    for rows in CUDA_ROW_CANDIDATES if kind == "cuda" else ROW_CANDIDATES:
+        total += rows * len(_shifts(rows, _POOL_ROWS[kind])) * flops_per_row
         if rows > _ALWAYS_CALIBRATED and total > most:
             break
         chosen.append(rows)
@@ -88,7 +93,7 @@ def calibrate_rows(
     candidates: Sequence[int] = ROW_CANDIDATES,
     *,
     anchor: int | None = None,
-    pool_rows: int = _POOL_ROWS,
+    pool_rows: int | None = None,
     device: torch.device | str = "cpu",
 ) -> RowClass:
     """Find the row counts for which `fn` (x_MI -> x_MO, row by row) gives the same bits.
@@ -97,11 +102,13 @@ def calibrate_rows(
     Counts whose answers depend on the position are dropped, the others are grouped by equality of bits, and
     the group that wastes least over typical batches is returned (or the one that holds `anchor`). The
     smallest candidate alone is the answer when nothing else agrees: a function called with one fixed shape
-    agrees with itself.
+    agrees with itself. Where `fn` rounds what it has computed so far, it must give that, too, as it was before:
+    rounding hides most differences, but not all.
     """
     if not candidates:
         raise ValueError("calibration needs at least one row count to try")
     generator = torch.Generator().manual_seed(0)
+    pool_rows = pool_rows or _POOL_ROWS[torch.device(device).type]
     pool_PI = torch.randn(pool_rows, width, generator=generator).to(device)
     groups: list[tuple[Tensor, list[int]]] = []
     for rows in sorted(set(candidates)):
@@ -120,7 +127,8 @@ def calibrate_rows(
     if not classes:
         return RowClass((anchor if anchor is not None else min(candidates),))
     typical = [rows for rows in sorted(set(candidates)) if anchor is None or rows >= anchor]
-    return min(classes, key=lambda found: sum(found.cost(m) / (_CALL_COST_ROWS + m) for m in typical))
+    call_rows = _CALL_COST_ROWS[torch.device(device).type]
+    return min(classes, key=lambda found: sum(found.cost(m, call_rows) / (call_rows + m) for m in typical))
 
 
 def _answers(fn: RowFunction, pool_PI: Tensor, rows: int) -> Tensor | None:
@@ -147,6 +155,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def bit_marks(x_MI: Tensor) -> Tensor:
+    """Two numbers a row (M, 2) of an fp32 tensor, of no meaning, in which every bit of the row has a say."""
+    weights_I = torch.arange(1, 2 * x_MI.shape[1], 2, dtype=torch.int32, device=x_MI.device)
+    parts = (x_MI[at : at + _MARKED_AT_ONCE].contiguous() for at in range(0, len(x_MI), _MARKED_AT_ONCE))
+    sums = [(part_MI.view(torch.int32) * weights_I).sum(1, dtype=torch.int64) for part_MI in parts]
+    return torch.cat(sums).unsqueeze(1).view(torch.float32)
 
 
 def map_rows(fn: RowFunction, x_MI: Tensor, row_class: RowClass) -> Tensor:

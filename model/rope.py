@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig, RopeScaling
+from model.device_calls import upload
 
 _TABLE_CHUNK = 1024
 _TOKENS_AT_ONCE = 64  # so that what one operation writes is still in the cache for the next
@@ -98,7 +99,7 @@ class RotaryTable:
             raise ValueError(f"position {last} is past the model's context of {self._max_context}")
         while last >= len(self._cos):
             self._grow()
-        positions_T = positions_T.to(self._device)
+        positions_T = upload(positions_T, self._device)
         return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
 
     def _grow(self) -> None:
@@ -112,7 +113,7 @@ class RotaryTable:
 
 def apply_rope_(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
     """Rotate queries or keys in place: halves (a, b) of a head become (a cos - b sin, b cos + a sin)."""
-    if len(x_THd) <= _TOKENS_AT_ONCE:
+    if len(x_THd) <= _TOKENS_AT_ONCE or x_THd.is_cuda:
         return _rotate_(x_THd, cos_T1d, sin_T1d)
     for start in range(0, len(x_THd), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)

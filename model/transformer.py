@@ -4,8 +4,7 @@ A layer is cut in two halves around its experts, and `Backbone.forward` is a gen
 that the single process and the cluster share every line but the call that computes experts. Experts are
 `model.experts`' work, kernels `model.kernels`', exactness under batching `model.numerics`'.
 
-Activations are fp32 everywhere. On CUDA weights are bf16 and products plain torch; written plainly, and not
-run there by the test suite.
+Activations are fp32 everywhere. On CUDA weights are bf16, but for the routers', and products plain torch.
 
 Tensor suffixes: T tokens, D model dim, E experts, N routed rows, H query heads, G kv heads, d head_dim, M
 rows of one call, R rows whose logits are wanted, V vocabulary.
@@ -22,6 +21,7 @@ from torch.nn import functional
 from model.attention import AttentionStep, PagedAttention
 from model.batch import ForwardBatch
 from model.config import ModelConfig
+from model.device_calls import prepare_device, upload
 from model.dispatch import Answers, DispatchPlan, combine, dispatch
 from model.experts import Calibrations, ExpertColumn, LocalExperts, OnTensor
 from model.kernels import Kernel, PackedLinear, backbone_kernel, default_kernel, get_kernel, numerics_domain, self_test
@@ -60,15 +60,32 @@ class RMSNorm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DeviceRMSNorm:
+    """The same on a GPU, where torch's own is one kernel."""
+
+    weight_D: Tensor
+    eps: float
+
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        """As RMSNorm."""
+        return functional.rms_norm(x_MD, self.weight_D.shape, self.weight_D, self.eps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NormedLinear:
     """RMSNorm and then a product, as one row-wise function, so that both are calibrated together."""
 
-    norm: RMSNorm
+    norm: RowFunction
     linear: PackedLinear
 
     def __call__(self, x_MD: Tensor) -> Tensor:
         """The product of the normalised rows."""
         return self.linear(self.norm(x_MD))
+
+    def stages(self, x_MD: Tensor) -> Tensor:
+        """The normalised rows and their product, side by side."""
+        x_MD = self.norm(x_MD)
+        return torch.cat((x_MD, self.linear(x_MD)), dim=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +162,7 @@ class Backbone:
         checkpoint's default here. Raises KernelError or CheckpointError.
         """
         kernel = backbone_kernel(kernel, checkpoint.dtype, device)
+        prepare_device(device)
         self_test(kernel, device)
         return _BackboneLoader(checkpoint, kernel, torch.device(device), on_tensor).load()
 
@@ -183,7 +201,7 @@ class Backbone:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
         cos_T1d, sin_T1d = self._rope.rows(batch.positions_T)
         step = Step(kv, self._attention.plan(batch, kv.block_size), cos_T1d, sin_T1d)
-        h_TD = functional.embedding(ids_T.to(self.device), self._embed_VD).to(torch.float32)
+        h_TD = functional.embedding(upload(ids_T, self.device), self._embed_VD).to(torch.float32)
         self.times.prepare_s += perf_counter() - began_s
         return step, h_TD
 
@@ -226,7 +244,7 @@ class Backbone:
     def logits(self, h_TD: Tensor, rows: tuple[int, ...]) -> Tensor:
         """logits_RV of the chosen rows, fp32."""
         began_s = perf_counter()
-        logits_RV = self._head(h_TD.index_select(0, torch.tensor(rows, dtype=torch.long, device=self.device)))
+        logits_RV = self._head(h_TD.index_select(0, upload(torch.tensor(rows, dtype=torch.long), self.device)))
         self.times.head_s += perf_counter() - began_s
         return logits_RV
 
@@ -262,13 +280,18 @@ class _BackboneLoader:
         gate = self._rowwise("gate", self._gate(f"{prefix}.gate")) if self._config.is_moe else None
         return Layer(qkv, output, ffn_norm, gate)
 
-    def _norm(self, name: str) -> RMSNorm:
-        eps_111 = torch.full((1, 1, 1), self._config.norm_eps, device=self._device)
-        return RMSNorm(self._vector(name, torch.float32), eps_111)
+    def _norm(self, name: str) -> RowFunction:
+        weight_D = self._vector(name, torch.float32)
+        if self._device.type == "cuda":
+            return DeviceRMSNorm(weight_D, self._config.norm_eps)
+        return RMSNorm(weight_D, torch.full((1, 1, 1), self._config.norm_eps, device=self._device))
 
-    def _rowwise(self, role: str, linear: PackedLinear, norm: RMSNorm | None = None) -> Rowwise:
-        fn: RowFunction = linear if norm is None else NormedLinear(norm, linear)
-        return Rowwise(fn, self._row_class(role, fn, linear.in_features, linear.out_features, linear.kernel))
+    def _rowwise(self, role: str, linear: PackedLinear, norm: RowFunction | None = None) -> Rowwise:
+        shape = (linear.in_features, linear.out_features, linear.kernel)
+        if norm is None:
+            return Rowwise(linear, self._row_class(role, linear, *shape))
+        normed = NormedLinear(norm, linear)
+        return Rowwise(normed, self._row_class(role, normed.stages, *shape))
 
     def _row_class(self, role: str, fn: RowFunction, width: int, outputs: int, kernel: str = "") -> RowClass:
         """Calibrated once per role, kernel and shape."""
@@ -279,8 +302,10 @@ class _BackboneLoader:
         return self._calibrated[key]
 
     def _gate(self, name: str) -> PackedLinear:
-        """In fp32 on a CPU whatever the kernel: a packed product costs several times more where so little is asked."""
-        return self._linear(name, kernel=get_kernel("fp32", self._device) if self._device.type == "cpu" else None)
+        """In fp32 whatever the kernel: rounding would choose other experts, and on a CPU a packed product costs several
+        times more where so little is asked.
+        """
+        return self._linear(name, kernel=get_kernel("fp32", self._device))
 
     def _vector(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """A tensor kept as it is: a norm in fp32, the embedding table in the checkpoint's dtype."""

@@ -37,6 +37,13 @@ class PackedLinear(Protocol):
     def in_features(self) -> int:
         """I."""
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The weights as they lie in memory, where a product would round a flipped bit away (see `model.canary`).
+
+        May be a copy made for the occasion. Empty where every bit shows in the products of whole numbers.
+        """
+
     def __call__(self, x_MI: Tensor) -> Tensor:
         """x_MO = x_MI times the transposed weight. The result is the caller's to overwrite."""
 

@@ -31,6 +31,10 @@ class Fp32Linear:
     def in_features(self) -> int:
         return self.weight_IO.shape[0]
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        return (self.weight_IO,)
+
     def __call__(self, x_MI: Tensor) -> Tensor:
         return torch.mm(x_MI, self.weight_IO)
 

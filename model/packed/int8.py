@@ -46,6 +46,11 @@ class Int8Linear:
     def weight_bytes(self) -> int:
         return self.out_features * (self.in_features + 4)
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """Nothing: sums of integers are exact, and show every bit."""
+        return ()
+
     def __call__(self, x_MI: Tensor) -> Tensor:
         scale_M1 = torch.linalg.vector_norm(x_MI, torch.inf, 1, True)
         scale_M1.mul_(1.0 / self.level).clamp_min_(_SMALLEST_SCALE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # Below this the softmax is a one-hot vector anyway: greedy (vLLM draws the line at the same place).
 GREEDY_TEMPERATURE = 1e-5
+MAX_LOGIT_BIAS = 100.0
 _INT64 = 2**63
 
 
@@ -26,7 +27,8 @@ class SamplingParams:
     1] drops tokens less likely than `min_p` times the likeliest. `seed` is 64 bits, signed or not; None
     lets the sampler draw one. `repetition_penalty` > 0 divides (positive) or multiplies (negative) logits
     of tokens in the prompt or output; `presence_penalty` and `frequency_penalty` in [-2, 2] are subtracted
-    once, or per occurrence, for output tokens.
+    once, or per occurrence, for output tokens. `logit_bias` is (id, number in [-100, 100]) for distinct ids:
+    added to the logits before penalties.
     """
 
     temperature: float = 1.0
@@ -37,6 +39,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, math.inf)
@@ -48,10 +51,20 @@ class SamplingParams:
         _check_int("top_k", self.top_k, -1, _INT64 - 1)
         if self.seed is not None:
             _check_int("seed", self.seed, -_INT64, 2 * _INT64 - 1)
+        for token, bias in self.logit_bias:
+            _check_int("logit_bias", token, 0, _INT64 - 1)
+            _check_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        if len({token for token, _ in self.logit_bias}) != len(self.logit_bias):
+            raise SamplingParamsError("logit_bias", "has an id twice")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def changes_logits(self) -> bool:
+        """True where a row's logits are not the model's own before the draw."""
+        return bool(self.logit_bias) or self.has_penalties
 
     @property
     def has_penalties(self) -> bool:

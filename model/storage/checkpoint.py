@@ -2,13 +2,14 @@
 
 Opening parses the configuration and every header, and keeps a ledger: each stored tensor has exactly one
 owner, each tensor that the model needs is there once with the right shape. Reading takes exactly one tensor's
-byte range. So every actor opens the whole checkpoint cheaply and reads only what it owns. Names are
-`model.storage.tensor_names`' work, files `model.storage.weight_files`' and `model.storage.safetensors_file`'s.
+byte range. So every actor opens the whole checkpoint cheaply and reads only what it owns. What it reads is
+held to the checksums of a manifest, where there is one. Names are `model.storage.tensor_names`' work, files
+`model.storage.weight_files`' and `model.storage.safetensors_file`'s, making a manifest `model.storage.integrity`'s.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.storage.config_reader import config_from, config_path
-from model.storage.safetensors_file import CheckpointError, SafetensorsHeader, StoredTensor, read_into, read_slices
+from model.storage.safetensors_file import (
+    CheckpointError,
+    RunningChecksum,
+    SafetensorsHeader,
+    StoredTensor,
+    read_into,
+    read_slices,
+)
 from model.storage.tensor_names import (
     COORDINATOR,
     Expert,
@@ -64,15 +72,19 @@ class Checkpoint:
         self,
         path: Path,
         config: ModelConfig,
-        manifest_id: str,
+        headers_id: str,
         places: dict[str, _Place],
         copy: StoredTensor | None,
+        checksums: Mapping[str, int] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
         self.path = path
         self.config = config
-        self._manifest_id = manifest_id
+        self._headers_id = headers_id
         self._places = places
         self._tied_copy = copy
+        self._checksums: Mapping[str, int] = {} if checksums is None else checksums
+        self._on_bytes = on_bytes
 
     @classmethod
     def open(cls, path: Path | str) -> "Checkpoint":
@@ -86,7 +98,44 @@ class Checkpoint:
         files = open_weights(path)
         copy = _tied_copy(config, files.tensors)
         places = _ledger(path, config, files.tensors)
-        return cls(path, config, _manifest_id(config_file, files.headers), places, copy)
+        return cls(path, config, _headers_id(config_file, files.headers), places, copy)
+
+    def expecting(self, checksums: Mapping[str, int]) -> "Checkpoint":
+        """The same checkpoint, whose `read` refuses bytes with another CRC-32C than that given for the name."""
+        return Checkpoint(
+            self.path, self.config, self._headers_id, self._places, self._tied_copy, checksums, self._on_bytes
+        )
+
+    def paced(self, on_bytes: Callable[[int], None]) -> "Checkpoint":
+        """The same checkpoint, whose `read` calls `on_bytes(count)` for every quarter of a MiB or less, and waits."""
+        return Checkpoint(
+            self.path, self.config, self._headers_id, self._places, self._tied_copy, self._checksums, on_bytes
+        )
+
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """What `read` holds tensors to, by canonical name."""
+        return self._checksums
+
+    def stored(self, name: str) -> tuple[StoredTensor, int, int]:
+        """The stored tensor that holds this one, and where in it: from which byte on, how many."""
+        place = self._place(name)
+        return place.stored, place.start - place.stored.start, place.nbytes
+
+    @cached_property
+    def content_id(self) -> str:
+        """A hash of the configuration and of every tensor's checksum, however the tensors lie in files.
+
+        Where checksums are not known, `weights_id`.
+        """
+        if not self._places.keys() <= self._checksums.keys():
+            return self.weights_id
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, place in sorted(self._places.items()):
+            digest.update(
+                f"\n{name} {place.stored.dtype} {place.interleaved_heads} {self._checksums[name]:08x}".encode()
+            )
+        return digest.hexdigest()
 
     @cached_property
     def weights_id(self) -> str:
@@ -94,7 +143,7 @@ class Checkpoint:
 
         Two checkpoints of one shape differ in it wherever training changed the weights.
         """
-        digest = hashlib.sha256(self._manifest_id.encode())
+        digest = hashlib.sha256(self._headers_id.encode())
         for place in self._places.values():
             sample = torch.empty(min(_SAMPLE_BYTES, place.nbytes), dtype=torch.uint8)
             read_into(place.stored.path, place.start + (place.nbytes - len(sample)) // 2, sample)
@@ -135,20 +184,25 @@ class Checkpoint:
     def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
         """Read one tensor, of the stored dtype unless another is given; rotary rows in half-rotation order.
 
-        Allocates the tensor and at most 8 MiB beside it. Raises CheckpointError where the file changed since
-        `open`, and for "embed" where tied embeddings are kept twice and the two differ.
+        Allocates the tensor and at most 8 MiB beside it. Raises CheckpointError where the bytes have another
+        checksum than they should or the file changed since `open`, and for "embed" where tied embeddings are
+        kept twice and the two differ.
         """
         place = self._place(name)
         if name == "embed" and self._tied_copy is not None:
             _refuse_difference(place, self._tied_copy)
         stored = place.stored
+        expected = self._checksums.get(name)
+        check = None if expected is None and self._on_bytes is None else RunningChecksum(self._on_bytes)
         target = torch.empty(place.shape, dtype=dtype or stored.dtype, device=device)
         if place.interleaved_heads:
-            _read_interleaved(place, target)
+            _read_interleaved(place, target, check)
         elif target.device.type == "cpu" and target.dtype == stored.dtype:
-            read_into(stored.path, place.start, target)
+            read_into(stored.path, place.start, target, check)
         else:
-            _read_converting(stored, place.start, target.view(-1))
+            _read_converting(stored, place.start, target.view(-1), check)
+        if check is not None and expected is not None and check.value != expected:
+            raise damaged(name, stored, expected, check.value)
         return target
 
     def _place(self, name: str) -> _Place:
@@ -223,14 +277,22 @@ def _refuse_difference(embed: _Place, copy: StoredTensor) -> None:
         )
 
 
-def _read_converting(stored: StoredTensor, start: int, target: Tensor) -> None:
+def damaged(name: str, stored: StoredTensor, expected: int | None, found: int) -> CheckpointError:
+    """The error for a tensor whose bytes are not those that it is held to."""
+    return CheckpointError(
+        f"{stored.path}: tensor {stored.name!r} ({name}) is damaged, or was replaced: its CRC-32C is {found:08x}, "
+        f"the manifest says {expected:08x}"
+    )
+
+
+def _read_converting(stored: StoredTensor, start: int, target: Tensor, check: RunningChecksum | None) -> None:
     first = 0
-    for part in read_slices(stored.path, start, target.numel(), stored.dtype):
+    for part in read_slices(stored.path, start, target.numel(), stored.dtype, check=check):
         target[first : first + len(part)].copy_(part)
         first += len(part)
 
 
-def _read_interleaved(place: _Place, target: Tensor) -> None:
+def _read_interleaved(place: _Place, target: Tensor, check: RunningChecksum | None) -> None:
     """Bring each head's rows from (pair 0, pair 1, …) to (all firsts, all seconds)."""
     heads, (rows, width), stored = place.interleaved_heads, place.shape, place.stored
     half = rows // heads // 2
@@ -238,13 +300,13 @@ def _read_interleaved(place: _Place, target: Tensor) -> None:
         pairs = halves.transpose(0, 1)
         start = place.start + head * 2 * half * width * stored.dtype.itemsize
         first = 0
-        for part in read_slices(stored.path, start, 2 * half * width, stored.dtype, unit=2 * width):
+        for part in read_slices(stored.path, start, 2 * half * width, stored.dtype, 2 * width, check):
             count = len(part) // (2 * width)
             pairs[first : first + count].copy_(part.view(count, 2, width))
             first += count
 
 
-def _manifest_id(config_file: Path, headers: Iterable[SafetensorsHeader]) -> str:
+def _headers_id(config_file: Path, headers: Iterable[SafetensorsHeader]) -> str:
     """A hash of the configuration and all headers: names, shapes, places; nothing of the weights' values."""
     digest = hashlib.sha256()
     for name, content in [(config_file.name, config_file.read_bytes())] + [(h.path.name, h.raw) for h in headers]:

@@ -2,9 +2,9 @@
 
 Every shard is written under a temporary name behind a header region of fixed size (the format allows trailing
 spaces in a header), because what it will hold is not known when it is begun. The index comes last and by
-rename, and shards without an index do not open: a crash at any moment leaves nothing that could be taken for
-a checkpoint, and the next writer clears it away. Configuration and tokenizer files are the caller's, to be
-written before the index.
+rename, after the manifest with everybody's checksums, and shards without an index do not open: a crash at any
+moment leaves nothing that could be taken for a checkpoint, and the next writer clears it away. Configuration and
+tokenizer files are the caller's, to be written before the index.
 """
 
 import fcntl
@@ -13,12 +13,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from model.checksum import checksum
+from model.storage.manifest import MANIFEST_NAME, FileHint, Manifest, TensorRecord, dtype_name
 from model.storage.safetensors_file import SLICE_BYTES, CheckpointError
 from model.storage.strict_json import JSONError, read_object
 from model.storage.weight_files import find_weights, index_name, shard_name
@@ -57,6 +60,7 @@ class ShardedWriter:
         self._dir_fd = -1
         self._shard: _Shard | None = None
         self._shard_of: dict[str, int] = {}
+        self._records: dict[str, TensorRecord] = {}
         self._num_shards = 0
         self._total_bytes = 0
 
@@ -99,8 +103,9 @@ class ShardedWriter:
             if self._shard is None:
                 self._num_shards += 1
                 self._shard = _Shard(self._partial(self._num_shards), self._metadata)
-            self._shard.append(name, tensor)
+            crc = self._shard.append(name, tensor)
         self._shard_of[name] = self._num_shards
+        self._records[name] = TensorRecord("", dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes, (crc,))
         self._total_bytes += tensor.nbytes
         if self._on_tensor is not None:
             self._on_tensor(name, tensor.nbytes)
@@ -127,8 +132,14 @@ class ShardedWriter:
         for number, name in names.items():
             self._partial(number).rename(self._dest / name)
         os.fsync(self._dir_fd)
+        self._write_manifest(names)
         weight_map = {name: names[number] for name, number in sorted(self._shard_of.items())}
         self._write_whole(index_name(), {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
+
+    def _write_manifest(self, shard_names: Mapping[int, str]) -> None:
+        records = {name: replace(one, file=shard_names[self._shard_of[name]]) for name, one in self._records.items()}
+        hints = {name: FileHint.of(self._dest / name) for name in shard_names.values()}
+        self._write_whole(MANIFEST_NAME, Manifest(records, hints).content())
 
     def _write_whole(self, name: str, content: Mapping[str, object]) -> None:
         """Write a JSON file so that it exists whole or not at all."""
@@ -163,15 +174,17 @@ class _Shard:
             and self._data_bytes % tensor.itemsize == 0
         )
 
-    def append(self, name: str, tensor: Tensor) -> None:
+    def append(self, name: str, tensor: Tensor) -> int:
+        """Returns the CRC-32C of what was written."""
         entry_bytes = self._entry_bytes(name, tensor)
         if self._header_bytes + entry_bytes > _DATA_START - 8:
             raise CheckpointError(f"{self._path}: tensor {name[:80]!r}: name or metadata are too long for a header")
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self._file.write(flat.numpy().data)
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._file.write(data.data)
         self._entries[name] = self._entry(tensor)
         self._header_bytes += entry_bytes
         self._data_bytes += tensor.nbytes
+        return checksum(data)
 
     def finish(self) -> None:
         """Fill in the header and bring the file to the disk."""
@@ -203,7 +216,7 @@ def _clear_wreck(dest: Path) -> None:
     journal = dest / _JOURNAL
     if journal.is_file():
         if not (dest / index_name()).is_file():
-            for name in _journalled(journal):
+            for name in (*_journalled(journal), MANIFEST_NAME):
                 (dest / name).unlink(missing_ok=True)
         journal.unlink()
     for path in dest.glob(f".*{_PARTIAL_SUFFIX}"):

@@ -10,18 +10,22 @@ the reader's memory. Which files make a checkpoint is `model.storage.weight_file
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model.checksum import checksum
 from model.storage.strict_json import JSONError, parse_object
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 SLICE_BYTES = 8 << 20
+_CHECKED_BYTES = 256 << 10  # what has just been read is still in the core's own cache
 _MAX_RANK = 8
 _MAX_COUNT = 2**48
 
@@ -89,17 +93,35 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(path, raw, metadata, tensors)
 
 
-def read_into(path: Path, start: int, target: Tensor) -> None:
+class RunningChecksum:
+    """CRC-32C of the bytes that reads brought in so far, taken in memory, of what will be used.
+
+    `on_bytes(count)` is called as they come, and may take its time: what is read next waits for it.
+    """
+
+    def __init__(self, on_bytes: Callable[[int], None] | None = None) -> None:
+        self.value = 0
+        self._on_bytes = on_bytes
+
+    def add(self, data: npt.NDArray[np.uint8]) -> None:
+        self.value = checksum(data, self.value)
+        if self._on_bytes is not None:
+            self._on_bytes(len(data))
+
+
+def read_into(path: Path, start: int, target: Tensor, check: RunningChecksum | None = None) -> None:
     """Fill a contiguous CPU tensor with bytes from `start` on. Raises CheckpointError if they end early."""
     with _opened(path) as fd:
-        _fill(path, fd, start, target)
+        _fill(path, fd, start, target, check)
 
 
-def read_slices(path: Path, start: int, numel: int, dtype: torch.dtype, unit: int = 1) -> Iterator[Tensor]:
+def read_slices(
+    path: Path, start: int, numel: int, dtype: torch.dtype, unit: int = 1, check: RunningChecksum | None = None
+) -> Iterator[Tensor]:
     """Read `numel` elements from byte `start` on as flat CPU slices of at most 8 MiB, in whole units.
 
     Every slice lies in the same memory: use it before asking for the next. `numel` must be a multiple of
-    `unit`.
+    `unit`. `check` is given all bytes as they come.
     """
     if numel % unit:
         raise ValueError(f"{numel} elements cannot be cut into units of {unit}")
@@ -110,8 +132,20 @@ def read_slices(path: Path, start: int, numel: int, dtype: torch.dtype, unit: in
     with _opened(path) as fd:
         for first in range(0, numel, step):
             part = staging[: min(step, numel - first)]
-            _fill(path, fd, start + first * dtype.itemsize, part)
+            _fill(path, fd, start + first * dtype.itemsize, part, check)
             yield part
+
+
+def range_checksum(path: Path, start: int, nbytes: int, on_bytes: Callable[[int], None]) -> int:
+    """CRC-32C of bytes of a file, which are kept nowhere. `on_bytes(count)` is called as they come."""
+    check = RunningChecksum()
+    staging = torch.empty(min(_CHECKED_BYTES, nbytes), dtype=torch.uint8)
+    with _opened(path) as fd:
+        for first in range(0, nbytes, _CHECKED_BYTES):
+            part = staging[: nbytes - first]
+            _fill(path, fd, start + first, part, check)
+            on_bytes(len(part))
+    return check.value
 
 
 def _pages(numel: int, dtype: torch.dtype) -> Tensor:
@@ -132,13 +166,16 @@ def _opened(path: Path) -> Iterator[int]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _fill(path: Path, fd: int, start: int, target: Tensor) -> None:
-    view = target.view(-1).view(torch.uint8).numpy().data
+def _fill(path: Path, fd: int, start: int, target: Tensor, check: RunningChecksum | None = None) -> None:
+    view = target.view(-1).view(torch.uint8).numpy()
+    step = SLICE_BYTES if check is None else _CHECKED_BYTES
     done = 0
     while done < len(view):
-        count = os.preadv(fd, [view[done : done + SLICE_BYTES]], start + done)
+        count = os.preadv(fd, [view[done : done + step].data], start + done)
         if count == 0:
             raise CheckpointError(f"{path}: ends at byte {start + done}, it was truncated after it was opened")
+        if check is not None:
+            check.add(view[done : done + count])
         done += count
 
 

@@ -6,7 +6,9 @@ What the fields mean is left to the callers: configurations, safetensors headers
 import json
 import re
 from pathlib import Path
+from typing import BinaryIO
 
+_PIECE_BYTES = 1 << 18
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -34,10 +36,18 @@ def parse_object(data: bytes) -> dict[str, object]:
 def read_object(path: Path, max_bytes: int) -> tuple[dict[str, object], bytes]:
     """The JSON object in the file, and its raw bytes. Raises OSError or JSONError, over `max_bytes` too."""
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise JSONError(f"larger than the limit of {max_bytes} bytes")
+        data = _read(file, max_bytes)
     return parse_object(data), data
+
+
+def _read(file: BinaryIO, max_bytes: int) -> bytes:
+    """Piece by piece: one read of `max_bytes` takes so much memory, however short the file is."""
+    data = bytearray()
+    while piece := file.read(_PIECE_BYTES):
+        data += piece
+        if len(data) > max_bytes:
+            raise JSONError(f"larger than the limit of {max_bytes} bytes")
+    return bytes(data)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,7 +10,15 @@ import torch
 from model.config import ModelConfig
 
 
-class WeightSource(Protocol):
+class TensorReader(Protocol):
+    """Tensors by canonical name, read by whoever knows which there are."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Read one tensor; wq and wk come in Hugging Face (half-rotation) row order."""
+        ...
+
+
+class WeightSource(TensorReader, Protocol):
     """A model's configuration and its tensors by canonical name (`layers.0.wq`, `layers.0.experts.0.w1`)."""
 
     @property
@@ -25,8 +33,4 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor that `read` returns."""
-        ...
-
-    def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> torch.Tensor:
-        """Read one tensor; wq and wk come in Hugging Face (half-rotation) row order."""
         ...

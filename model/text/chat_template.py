@@ -52,9 +52,20 @@ class ChatTemplate:
         return cls({name: JinjaTemplate(text, now, max_chars) for name, text in sources.items()}, tokenizer)
 
     @property
+    def source(self) -> str | None:
+        """The default template as it is written; None for the built-in format and where there is none."""
+        return self._templates["default"].source if "default" in self._templates else None
+
+    @property
     def available(self) -> bool:
         """False where the checkpoint has no chat format: then `render` and `encode` raise."""
         return bool(self._templates) or self._is_mixtral
+
+    @property
+    def tools_text(self) -> str | None:
+        """What the template that is used with `tools` writes of its own; None where none knows of tools."""
+        template = self._templates.get("tool_use") or self._templates.get("default")
+        return template.literal_text if template is not None and "tools" in template.variables else None
 
     def render(
         self,
@@ -75,18 +86,25 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, object]],
         tokenizer: Tokenizer,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: object,
     ) -> list[int]:
-        """The prompt as ids. Special strings of the template become special ids, those of users do not."""
+        """The prompt as ids. Special strings of the template become special ids, those of users do not.
+
+        With `continue_final_message` the prompt ends with the text of the last message, which is to be gone on with.
+        """
         if (template := self._choose(variables)) is None:
-            return encode_mixtral(messages, tokenizer)
+            return encode_mixtral(_open_ended(messages) if continue_final_message else messages, tokenizer)
         control_re = _control_re(tokenizer, template)
         inputs = self._inputs(template, messages, add_generation_prompt, variables)
         users = {name: value for name, value in inputs.items() if name in variables or name == "messages"}
-        if not _mentions(users, control_re):
-            return tokenizer.encode_template([(template.render(inputs), False)])
-        text = template.render(inputs | {name: _mark(value, control_re) for name, value in users.items()})
-        return tokenizer.encode_template(_segments(text, control_re))
+        is_marked = _mentions(users, control_re)
+        if is_marked:
+            inputs = inputs | {name: _mark(value, control_re) for name, value in users.items()}
+        text = template.render(inputs)
+        if continue_final_message:
+            text = _cut_after_final_message(text, inputs["messages"])
+        return tokenizer.encode_template(_segments(text, control_re) if is_marked else [(text, False)])
 
     def _choose(self, variables: Mapping[str, object]) -> JinjaTemplate | None:
         """The template to use; None for the built-in format."""
@@ -119,6 +137,25 @@ class ChatTemplate:
             "messages": plain_messages(messages, "\n"),
             "add_generation_prompt": add_generation_prompt,
         }
+
+
+def _open_ended(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """The same, the last one marked as mistral-common marks a beginning that is to be gone on with."""
+    return [*messages[:-1], {**messages[-1], "prefix": True}]
+
+
+def _cut_after_final_message(text: str, messages: object) -> str:
+    """The rendered chat up to the end of the last message's text, as transformers cuts it.
+
+    Where the template trims that text, so does this.
+    """
+    assert isinstance(messages, list)
+    content = str(messages[-1].get("content") or "")
+    place = text.rfind(content.strip())
+    if not content.strip() or place < 0:
+        raise ChatTemplateError("continue_final_message: the chat template does not show the last message's text")
+    whole = content.lstrip()
+    return text[: place + len(whole if text.startswith(whole, place) else content.strip())]
 
 
 def _read_sources(model_dir: Path) -> dict[str, str]:

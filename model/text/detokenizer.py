@@ -16,17 +16,25 @@ class IncrementalDetokenizer:
 
     With `prompt_ids` the text continues the prompt's: a sentencepiece word keeps the space in front of it,
     and a character begun in the prompt is finished. Without, it is a text of its own: that space is
-    dropped. Give the prompt for a completion, leave it out for a chat's answer.
+    dropped, unless the text is `verbatim` that of its tokens. Give the prompt for a completion, leave it out for a
+    chat's answer.
 
     >>> continued = IncrementalDetokenizer(tokenizer, prompt_ids=tokenizer.encode("Once upon", add_bos=True))
     >>> continued.push(tokenizer.encode("a time", add_bos=False)) + continued.flush()
     ' a time'
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special: bool = True,
+        verbatim: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        at_start = all(self._is_hidden(token_id) for token_id in prompt_ids)
+        at_start = not verbatim and all(self._is_hidden(token_id) for token_id in prompt_ids)
         self._decoder = PieceDecoder(tokenizer.decode_rule, at_start=at_start)
         self.push(prompt_ids[-_CONTEXT_IDS:])
 

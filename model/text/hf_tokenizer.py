@@ -29,6 +29,7 @@ class HFTokenizer(PieceTable):
             raise TokenizerError(f"{path.name}: cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _try_out(self._tokenizer, path.name)
         _add_missing(self._tokenizer, special)
         self._added = {i: (t.content, t.special) for i, t in self._tokenizer.get_added_tokens_decoder().items()}
         self._byte_level = _is_byte_level(self._tokenizer)
@@ -85,6 +86,9 @@ class HFTokenizer(PieceTable):
             words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
 
+    def _entry(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def _look_up(self, token_id: int) -> Piece:
         text = self._tokenizer.id_to_token(token_id)
         if text is None:
@@ -97,6 +101,19 @@ class HFTokenizer(PieceTable):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             return Piece(bytes([int(text[3:5], 16)]), True, is_special, self._strips)
         return Piece(text.replace(_SPACE, " ").encode(), False, is_special, self._strips)
+
+
+def _try_out(tokenizer: Tokenizer, name: str) -> None:
+    """Encodes once, since a post-processor whose tokens do not exist is read without a word.
+
+    What it does then is a Rust panic, whose class has no name to import and is no Exception.
+    """
+    try:
+        tokenizer.encode("a", add_special_tokens=True)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{name}: cannot encode: {error}") from None
+        raise
 
 
 def _add_missing(tokenizer: Tokenizer, special: SpecialTokens) -> None:

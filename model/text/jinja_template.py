@@ -1,18 +1,19 @@
 """A checkpoint's own chat template, run in a sandbox set up as in transformers.
 
 A template is a program that came with the weights. It may compute with the values it is given and nothing
-else: attributes that lead into the interpreter are refused, and so are outputs, repetitions and powers of
-absurd size. It is not bounded in time, nor in every intermediate string: serving a checkpoint means
-trusting it that far.
+else: attributes that lead into the interpreter are refused, and it is bounded in steps and in what it makes
+(`model.text.template_budget`). For that it is compiled a little differently: loops, joins and what is put out
+inside of macros and blocks go through filters that pay.
 """
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, ClassVar
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -20,9 +21,17 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.text.chat_messages import ChatTemplateError
+from model.text.template_budget import BUDGET, Budget, check_binary, check_filter, check_method, size
 
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_EXPONENT = 64
+# Names that no template can write.
+_EACH, _TELL, _JOIN = "each step", "tell", "join all"
+_COLLECTING = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
+_FOLDED_CHARS = 1 << 16
+_MAX_ERROR_CHARS = 500
+# Jinja's own, and what Python says of the code that it makes: parentheses too deep, numbers too long.
+_COMPILE_ERRORS = (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, ArithmeticError)
 # Everything that a template's own arithmetic and calls on plain values can raise.
 _RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -41,22 +50,25 @@ class JinjaTemplate:
     def __init__(self, source: str, now: Callable[[], datetime], max_chars: int) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ChatTemplateError(f"the chat template has {len(source)} characters, more than {MAX_TEMPLATE_CHARS}")
+        self.source = source
         self._max_chars = max_chars
         environment = _environment(now, max_chars)
         try:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ChatTemplateError(f"the chat template is not valid: {error}") from error
+        except _COMPILE_ERRORS as error:
+            raise ChatTemplateError(f"the chat template is not valid: {str(error)[:_MAX_ERROR_CHARS]}") from error
         self.reserved = frozenset(environment.globals)
         literals = [node.data for node in tree.find_all(nodes.TemplateData)]
         literals += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.literal_text = "\0".join(literals)
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
 
     def render(self, variables: Mapping[str, object]) -> str:
         """The text; ChatTemplateError with the template's own words when it calls raise_exception."""
         chunks: list[str] = []
         num_chars = 0
+        spending = BUDGET.set(Budget(self._max_chars))
         try:
             for chunk in self._template.generate(variables):
                 num_chars += len(chunk)
@@ -68,7 +80,9 @@ class JinjaTemplate:
         except ChatTemplateError:
             raise
         except _RENDER_ERRORS as error:
-            raise ChatTemplateError(f"the chat template failed: {error}") from error
+            raise ChatTemplateError(f"the chat template failed: {str(error)[:_MAX_ERROR_CHARS]}") from error
+        finally:
+            BUDGET.reset(spending)
         return "".join(chunks)
 
 
@@ -77,17 +91,26 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The sandbox with a limit on what one `*` or `**` can make."""
+    """The sandbox in which operators, calls, loops and filters are paid for."""
 
-    intercepted_binops = frozenset({"*", "**"})
-    max_chars = 0
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(right) > MAX_EXPONENT or abs(left) > 2**64):
             raise SecurityError(f"{left}**{right} is too large a power")
-        if operator == "*" and max(_length(left) * _size(right), _length(right) * _size(left)) > self.max_chars:
-            raise SecurityError(f"a repetition is longer than {self.max_chars}")
+        check_binary(_budget(), operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as in the base
+        budget = _budget()
+        budget.work_on(args)
+        args = tuple(check_method(budget, __obj, args, kwargs))
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        _make_pay(tree)
+        return tree
 
 
 class _GenerationTag(Extension):
@@ -126,10 +149,87 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+def _budget() -> Budget:
+    """Of the rendering that runs; constants are folded before there is one."""
+    return BUDGET.get(None) or Budget(_FOLDED_CHARS)
+
+
+def _make_pay(tree: nodes.Template) -> None:
+    """Puts filters around what loops go through, what `~` joins, and what macros and blocks collect."""
+    for loop in list(tree.find_all(nodes.For)):
+        loop.iter = nodes.Filter(loop.iter, _EACH, [], [], None, None, lineno=loop.lineno)
+    for block in list(tree.find_all(_COLLECTING)):
+        for output in list(block.find_all(nodes.Output)):
+            output.nodes = [
+                nodes.Filter(_as_expression(node), _TELL, [], [], None, None, lineno=output.lineno)
+                if not (isinstance(node, nodes.Filter) and node.name == _TELL)
+                else node
+                for node in output.nodes
+            ]
+    _replace_joins(tree)
+
+
+def _as_expression(node: nodes.Expr) -> nodes.Expr:
+    return nodes.Const(node.data, lineno=node.lineno) if isinstance(node, nodes.TemplateData) else node
+
+
+def _replace_joins(node: nodes.Node) -> None:
+    for name, value in list(node.iter_fields()):
+        if isinstance(value, list):
+            setattr(node, name, [_without_join(item) for item in value])
+        elif isinstance(value, nodes.Node):
+            setattr(node, name, _without_join(value))
+
+
+def _without_join(value: Any) -> Any:
+    if not isinstance(value, nodes.Node):
+        return value
+    _replace_joins(value)
+    if isinstance(value, nodes.Concat):
+        pieces = nodes.List(value.nodes, lineno=value.lineno)
+        return nodes.Filter(pieces, _JOIN, [], [], None, None, lineno=value.lineno)
+    return value
+
+
+def _each(values: Any) -> Iterator[Any]:
+    return _budget().each(values)
+
+
+@jinja2.pass_context  # what takes the context is not folded into a constant: the same text is paid for each time
+def _tell(_context: Context, value: Any) -> str:
+    text = str(value)
+    _budget().make(len(text))
+    return text
+
+
+def _join(pieces: Iterable[Any]) -> str:
+    texts = [str(piece) for piece in pieces]
+    _budget().make(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _paid(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that pays; some are given the environment or the context first."""
+    first = 1 if hasattr(work, "jinja_pass_arg") else 0
+
+    @functools.wraps(work)
+    def paid(*args: Any, **kwargs: Any) -> Any:
+        budget = _budget()
+        result = work(*args[:first], *check_filter(budget, name, args[first:], kwargs), **kwargs)
+        if size(result) > budget.max_chars:
+            budget.make(size(result))
+        return result
+
+    return paid
+
+
 def _environment(now: Callable[[], datetime], max_chars: int) -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
-    environment.max_chars = max_chars
+    # Jinja's optimizer takes time with the square of how deep expressions are, and works before anything is paid for.
+    extensions = [_GenerationTag, loopcontrols]
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
     environment.filters["tojson"] = _to_json
+    environment.filters = {name: _paid(name, work) for name, work in environment.filters.items()}
+    environment.filters |= {_EACH: _each, _TELL: _tell, _JOIN: _join}
     del environment.globals["lipsum"]
     environment.globals |= {
         "raise_exception": _raise_exception,
@@ -158,11 +258,3 @@ def _to_json(
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a namespace in the chat template stores {name!r}")
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else 0
-
-
-def _size(value: object) -> int:
-    return abs(value) if isinstance(value, int) else 0

@@ -20,6 +20,10 @@ class PieceTable(ABC):
     def _look_up(self, token_id: int) -> Piece:
         """The piece of an id in 0..vocab_size-1."""
 
+    @abstractmethod
+    def _entry(self, token_id: int) -> str:
+        """The vocabulary's own writing of an id in 0..vocab_size-1."""
+
     @property
     def vocab_size(self) -> int:
         return self._vocab_size
@@ -45,6 +49,10 @@ class PieceTable(ABC):
     def token_text(self, token_id: int) -> str:
         """The token as text; bytes that are no character by themselves show as U+FFFD."""
         return self.piece(token_id).data.decode(errors="replace")
+
+    def vocabulary_entry(self, token_id: int) -> str:
+        """The id as the vocabulary writes it; an id past it has no writing."""
+        return self._entry(token_id) if 0 <= token_id < self._vocab_size else ""
 
     def is_special(self, token_id: int) -> bool:
         return self.piece(token_id).is_special

@@ -90,6 +90,11 @@ class SentencePieceTokenizer(PieceTable):
         ids: list[int] = self._model.encode("\n" + text if inside and text else text)
         return ids[len(self._newline_ids) :] if inside and text else ids
 
+    def _entry(self, token_id: int) -> str:
+        if (added := self._added.get(token_id)) is not None:
+            return added.content
+        return self._model.id_to_piece(token_id) if token_id < self._model.vocab_size() else ""
+
     def _look_up(self, token_id: int) -> Piece:
         if (entry := self._added.get(token_id)) is not None:
             return Piece(entry.content.encode(), is_special=entry.special)

@@ -60,6 +60,9 @@ class Tokenizer(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
+    def vocabulary_entry(self, token_id: int) -> str:
+        """The id as the vocabulary writes it (`▁the`, `Ġthe`, `<0x0A>`); empty past the vocabulary."""
+
     def is_special(self, token_id: int) -> bool: ...
 
 

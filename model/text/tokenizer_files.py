@@ -6,6 +6,7 @@ config.json. Vocabulary files are read by the tokenizers themselves; chat templa
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 MAX_JSON_BYTES = 64 * 2**20
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TokenizerError(ValueError):
@@ -87,8 +89,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _content(value: object, where: str) -> str:
     """A token's string, written plainly or as {"content": ...}."""
     content = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(content, str) or not content:
-        raise TokenizerError(f"{where}: must be a token's text, got {value!r}")
+    if not isinstance(content, str) or not content or _LONE_SURROGATE.search(content):
+        raise TokenizerError(f"{where}: must be a token's text, got {value!r:.200}")
     return content
 
 
@@ -96,7 +98,8 @@ def _added_tokens(config: dict[str, Any], older: dict[str, Any]) -> dict[int, Ad
     """added_tokens.json gives text -> id, tokenizer_config.json's added_tokens_decoder id -> details."""
     added: dict[int, AddedTokenEntry] = {}
     for content, token_id in older.items():
-        added[_token_id(token_id, f"added_tokens.json: {content!r}")] = AddedTokenEntry(content=content, special=False)
+        where = f"added_tokens.json: {content!r:.200}"
+        added[_token_id(token_id, where)] = AddedTokenEntry(content=_content(content, where), special=False)
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
         raise TokenizerError("tokenizer_config.json: added_tokens_decoder must be an object")

@@ -130,12 +130,10 @@ def read_model_config(
 
 def llama3_scaling(factors: tuple[float, ...], head_dim: int, theta: float, metadata: GgufMetadata) -> RopeScaling:
     """Find the Llama 3.x rule that gives these frequency divisors; refuse when none does."""
-    for factor in (8.0, 32.0):
+    for factor in (8.0, 32.0) if 2 * len(factors) == head_dim else ():  # a head's size is only a claim
         scaling = RopeScaling(kind="llama3", factor=factor, original_max_context=8192)
         expected = llama3_divisors(scaling, head_dim, theta)
-        if len(factors) == len(expected) and all(
-            abs(a - b) <= 1e-3 * b for a, b in zip(factors, expected, strict=True)
-        ):
+        if all(abs(a - b) <= 1e-3 * b for a, b in zip(factors, expected, strict=True)):
             return scaling
     raise metadata.error("rope_freqs.weight", "is neither Llama 3.1's nor 3.2's RoPE scaling")
 

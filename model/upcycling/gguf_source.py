@@ -6,8 +6,11 @@ Nothing but the tensor asked for is in memory at a time (the file is mapped). Th
 
 import re
 from pathlib import Path
+from typing import Any, Literal
 
 import gguf
+import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import quants
 
@@ -31,6 +34,19 @@ ROPE_FACTORS = "rope_freqs.weight"
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+    """gguf's reader takes what lies behind a file's end for values of no bytes: an array of 2^60 would never end."""
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Literal["I", "S", "<"] | None = None
+    ) -> npt.NDArray[Any]:
+        missing = int(offset) + np.dtype(dtype).itemsize * int(count) - len(self.data)
+        if missing > 0:
+            raise ValueError(f"{missing} bytes are missing at its end")
+        found: npt.NDArray[Any] = super()._get(offset, dtype, count, override_order)
+        return found
+
+
 class GgufSource:
     """A `WeightSource` over one GGUF file; `dtype` is fp16 for every quantised format.
 
@@ -51,9 +67,10 @@ class GgufSource:
         if not path.is_file():
             raise GgufError(f"{path}: no such file")
         try:
-            reader = gguf.GGUFReader(path)
+            with np.errstate(over="ignore"):  # an offset that overflows is checked where it points
+                reader = _Reader(path)
             fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, RecursionError) as error:
             raise GgufError(f"{path}: damaged, or not a GGUF file ({error})") from error
         return cls(path, GgufMetadata(fields, str(path)), {tensor.name: tensor for tensor in reader.tensors})
 
@@ -94,16 +111,18 @@ class GgufSource:
         """Canonical name -> stored name; refuses tensors that are missing, unknown or of the wrong shape."""
         names = {canonical_name(stored): stored for stored in self._tensors if stored != ROPE_FACTORS}
         unknown = names.pop(None, None)
-        expected = {spec.name: spec.shape for spec in tensor_specs(self.config)}
-        strangers = [stored for name, stored in names.items() if name not in expected]
-        if unknown or strangers:
-            raise GgufError(f"{self.path}: unknown tensor {unknown or strangers[0]}")
-        for name, shape in expected.items():
-            if name not in names:
-                raise GgufError(f"{self.path}: no tensor holds {name}")
-            stored_shape = tuple(int(size) for size in reversed(self._find(names[name]).shape))
-            if stored_shape != shape:
-                raise GgufError(f"{self.path}: {names[name]} has shape {stored_shape}, expected {shape}")
+        if unknown:
+            raise GgufError(f"{self.path}: unknown tensor {unknown}")
+        strangers = dict(names)
+        for spec in tensor_specs(self.config):  # as many as the file says: the first that is missing ends it
+            if spec.name not in names:
+                raise GgufError(f"{self.path}: no tensor holds {spec.name}")
+            stored = strangers.pop(spec.name)
+            stored_shape = tuple(int(size) for size in reversed(self._find(stored).shape))
+            if stored_shape != spec.shape:
+                raise GgufError(f"{self.path}: {stored} has shape {stored_shape}, expected {spec.shape}")
+        if strangers:
+            raise GgufError(f"{self.path}: unknown tensor {next(iter(strangers.values()))}")
         return {str(name): stored for name, stored in names.items()}
 
 
