@@ -1,12 +1,14 @@
-"""Which replicas there should be, and what each needs: the configuration applied to a model.
+"""Which replicas there should be at first, and what each needs: the configuration applied to a model.
 
-Where they go is `placement`'s decision, what to do about the difference to what is there `reconcile`'s.
+What balancing makes of them is `desired_set`'s, where they go `placement`'s, what to do about the difference to what is
+there `reconcile`'s decision.
 """
 
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
+from cluster.replica_names import replica_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ def desired_replicas(
     gpu = default_gpu if config.expert_num_gpus is None else config.expert_num_gpus
     return tuple(
         DesiredReplica(
-            replica_id=replica_id(first, config.experts_per_actor, copy),
+            replica_id=replica_name(range(first, first + config.experts_per_actor), None, copy),
             expert_ids=tuple(ExpertId(expert) for expert in range(first, first + config.experts_per_actor)),
             first_layer=LayerId(0),
             num_layers=num_layers,
@@ -49,10 +51,3 @@ def desired_replicas(
         for first in range(0, num_experts, config.experts_per_actor)
         for copy in range(config.replicas)
     )
-
-
-def replica_id(first_expert: int, num_experts: int, copy: int) -> ReplicaId:
-    """`expert-3-r0` for one expert, `experts-0-3-r1` for a group."""
-    if num_experts == 1:
-        return ReplicaId(f"expert-{first_expert}-r{copy}")
-    return ReplicaId(f"experts-{first_expert}-{first_expert + num_experts - 1}-r{copy}")

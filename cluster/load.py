@@ -24,29 +24,39 @@ class LoadWindow:
         _check_shape(num_layers, num_experts)
         if num_slots < 1 or not window_s > 0:
             raise ValueError(f"window_s is {window_s} and num_slots {num_slots}, but both must be positive")
-        self._slots_WLE: IntArray = np.zeros((num_slots, num_layers, num_experts), np.int64)
+        self._slots_WLE = [_nothing(num_layers, num_experts) for _ in range(num_slots)]
         self._slot_s = window_s / num_slots
         self._current = 0
         self._slot_number: int | None = None
+        self._began_s = self._now_s = 0.0
 
     def add(self, layer: int, counts_E: Sequence[int]) -> None:
         """Count one layer's dispatch: tokens per expert."""
-        self._slots_WLE[self._current, layer] += counts_E
+        _count(self._slots_WLE[self._current][layer], counts_E)
 
     def roll(self, now_s: float) -> None:
         """Tell the time, of any clock; slots that have left the window are emptied."""
         number = int(now_s // self._slot_s)
         if self._slot_number is None:
-            self._slot_number = number
+            self._slot_number, self._began_s, self._now_s = number, now_s, now_s
         for _ in range(min(number - self._slot_number, len(self._slots_WLE))):
             self._current = (self._current + 1) % len(self._slots_WLE)
-            self._slots_WLE[self._current] = 0
+            self._slots_WLE[self._current] = [[0] * len(row_E) for row_E in self._slots_WLE[self._current]]
         self._slot_number = max(number, self._slot_number)
+        self._now_s = max(self._now_s, now_s)
+
+    @property
+    def covered_s(self) -> float:
+        """For how long, until it was last told the time, the window has counted: its length once it is full."""
+        if self._slot_number is None:
+            return 0.0
+        oldest_s = (self._slot_number + 1 - len(self._slots_WLE)) * self._slot_s
+        return self._now_s - max(self._began_s, oldest_s)
 
     @property
     def load(self) -> IntArray:
         """Tokens per (layer, expert) in the window, shape (L, E); a fresh array."""
-        load_LE: IntArray = self._slots_WLE.sum(axis=0)
+        load_LE: IntArray = np.array(self._slots_WLE, np.int64).sum(axis=0)
         return load_LE
 
 
@@ -56,11 +66,11 @@ class LoadCounter:
     def __init__(self, num_layers: int, num_experts: int, window: LoadWindow | None = None) -> None:
         _check_shape(num_layers, num_experts)
         self.window = LoadWindow(num_layers, num_experts) if window is None else window
-        self._total_LE: IntArray = np.zeros((num_layers, num_experts), np.int64)
+        self._total_LE = _nothing(num_layers, num_experts)
 
     def add(self, layer: int, counts_E: Sequence[int]) -> None:
         """Count one layer's dispatch: tokens per expert."""
-        self._total_LE[layer] += counts_E
+        _count(self._total_LE[layer], counts_E)
         self.window.add(layer, counts_E)
 
     def roll(self, now_s: float) -> None:
@@ -70,7 +80,19 @@ class LoadCounter:
     @property
     def total(self) -> IntArray:
         """Tokens per (layer, expert) since start, shape (L, E); a fresh array."""
-        return self._total_LE.copy()
+        return np.array(self._total_LE, np.int64)
+
+
+def _nothing(num_layers: int, num_experts: int) -> list[list[int]]:
+    return [[0] * num_experts for _ in range(num_layers)]
+
+
+def _count(totals_E: list[int], counts_E: Sequence[int]) -> None:
+    """Plain integers: this is done for every layer of every step, and numpy would first make an array of a few."""
+    if len(counts_E) != len(totals_E):
+        raise ValueError(f"counts of {len(counts_E)} experts, expected {len(totals_E)}")
+    for expert, count in enumerate(counts_E):
+        totals_E[expert] += count
 
 
 def balancedness(load_LE: npt.ArrayLike) -> FloatArray:

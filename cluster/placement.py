@@ -1,27 +1,53 @@
 """Which replica goes to which node.
 
-What is placed stays where it is. Newcomers are spread: first away from other copies of the same expert, then
-to where most is left. Coordinators go where there are fewest experts. Starting anything is not done here.
+What is placed stays where it is, also when a better place comes back. Newcomers that name a node go there; others are
+spread: first away from other copies of the same expert, by node and by zone, then to where most is left. Coordinators
+go where there are fewest experts. A node that was started for certain roles takes nobody else. Starting anything is not
+done here.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
 from cluster.desired import DesiredReplica
 from cluster.ids import CoordinatorId, ExpertId, NodeId, ReplicaId
 
+EXPERT_HOST = "octavo_expert_host"
+COORDINATOR_HOST = "octavo_coordinator_host"
+"""Names of custom resources with which a node is started for experts or for coordinators only."""
+
+ZONE_LABEL = "ray.io/availability-zone"
+"""A node's label: what fails together. Nodes without one are a zone together."""
+
+_ROLE = re.compile(r"octavo_[a-z]+_host")
+
+
+def is_role(resource: str) -> bool:
+    """Whether a custom resource of that name says what its node is for (or, with any other such name, for nobody)."""
+    return _ROLE.fullmatch(resource) is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSlots:
-    """What a node offers to experts in all: GPUs, reservable CPUs, host memory."""
+    """What a node offers to experts in all: GPUs, reservable CPUs, host memory; and what it is for, if it was said.
+
+    Nodes with one `address` are on one machine.
+    """
 
     node_id: NodeId
     gpu: float
     cpu: float
     memory_bytes: int
     labels: Mapping[str, str] = field(default_factory=dict)
+    roles: frozenset[str] = frozenset()
+    address: str = ""
+
+    def takes(self, role: str) -> bool:
+        """Whether processes of that role may be started here."""
+        return not self.roles or role in self.roles
 
 
 class PlacementError(Exception):
@@ -71,24 +97,35 @@ class _Room:
                 return f"{name} {wanted:g} wanted, {free:g} free on {self.slots.node_id}"
         return None
 
-    def cost(self, replica: DesiredReplica) -> tuple[int, float, int, str]:
-        """Order of preference: copies of the same experts, share of the scarcest resource, replicas, id."""
+    @property
+    def zone(self) -> str:
+        """What this node fails together with."""
+        return self.slots.labels.get(ZONE_LABEL, "")
+
+    def cost(self, replica: DesiredReplica, copies_by_zone: Mapping[str, int]) -> tuple[int, int, float, int, str]:
+        """Order of preference: copies of the same experts here, in the zone; scarcest resource, replicas, id."""
         shares = [
             (getattr(self, name) + getattr(replica, name)) / getattr(self.slots, name)
             for name in ("gpu", "cpu", "memory_bytes")
             if getattr(replica, name)
         ]
-        return self.shared(replica), max(shares, default=0.0), self.num_replicas, self.slots.node_id
+        scarcest = max(shares, default=0.0)
+        return self.shared(replica), copies_by_zone[self.zone], scarcest, self.num_replicas, self.slots.node_id
 
 
 def place(
-    replicas_wanted: Iterable[DesiredReplica], nodes: Iterable[NodeSlots], current: Mapping[ReplicaId, NodeId]
+    replicas_wanted: Iterable[DesiredReplica],
+    nodes: Iterable[NodeSlots],
+    current: Mapping[ReplicaId, NodeId],
+    *,
+    shunned: Collection[NodeId] = (),
 ) -> dict[ReplicaId, NodeId]:
     """A node for every wanted replica; deterministic, whatever the order of the arguments.
 
     `current` is where replicas are; those that are wanted and whose node still exists stay there, even where
-    that node is over-full. Two copies of one expert share a node only when no other node has room. Raises
-    PlacementError.
+    that node is over-full. Nobody new goes to a node in `shunned`, or to another than it names. Two copies of one
+    expert share a node only when no other node has room: two processes still survive the death of one.
+    Raises PlacementError.
     """
     rooms = {slots.node_id: _Room(slots) for slots in nodes}
     wanted = _by_difficulty(replicas_wanted)
@@ -103,14 +140,23 @@ def place(
     for replica in wanted:
         if replica.replica_id in stayed:
             continue
-        able = [room for room in rooms.values() if room.lacks(replica) is None]
+        takers = [room for room in rooms.values() if room.slots.takes(EXPERT_HOST)]
+        open_rooms = [room for room in takers if room.slots.node_id not in shunned]
+        if replica.node_id is not None:
+            open_rooms = [room for room in open_rooms if room.slots.node_id == replica.node_id]
+        able = [room for room in open_rooms if room.lacks(replica) is None]
         if not able:
-            unplaced[replica.replica_id] = _why_not(replica, rooms.values())
+            nowhere = "no node answers" if takers else "no node is for experts" if rooms else "there is no node"
+            if rooms and replica.node_id is not None:
+                nowhere = f"{replica.node_id} does not answer"
+            unplaced[replica.replica_id] = _why_not(replica, open_rooms, nowhere)
             continue
-        room = min(able, key=lambda candidate: candidate.cost(replica))
+        copies = _copies_by_zone(replica, rooms.values())
+        room = min(able, key=lambda candidate: candidate.cost(replica, copies))
         room.take(replica)
         placed[replica.replica_id] = room.slots.node_id
-    _separate([r for r in wanted if r.replica_id in placed and r.replica_id not in stayed], rooms, placed)
+    newcomers = [r for r in wanted if r.replica_id in placed and r.replica_id not in stayed]
+    _separate([r for r in newcomers if r.node_id is None], rooms, placed)
     if unplaced:
         raise PlacementError(unplaced, placed)
     return placed
@@ -156,6 +202,13 @@ def _by_difficulty(replicas: Iterable[DesiredReplica]) -> list[DesiredReplica]:
     return [replica for _, replica in sorted(keyed, key=lambda pair: pair[0])]
 
 
+def _copies_by_zone(replica: DesiredReplica, rooms: Iterable[_Room]) -> Counter[str]:
+    copies: Counter[str] = Counter()
+    for room in rooms:
+        copies[room.zone] += room.shared(replica)
+    return copies
+
+
 def _separate(
     newcomers: Sequence[DesiredReplica], rooms: Mapping[NodeId, _Room], placed: dict[ReplicaId, NodeId]
 ) -> None:
@@ -174,6 +227,6 @@ def _separate(
         away.take(other)
 
 
-def _why_not(replica: DesiredReplica, rooms: Iterable[_Room]) -> str:
+def _why_not(replica: DesiredReplica, rooms: Iterable[_Room], nowhere: str) -> str:
     reasons = [room.lacks(replica) for room in rooms]
-    return next((reason for reason in reasons if reason is not None), "there is no node")
+    return next((reason for reason in reasons if reason is not None), nowhere)

@@ -101,21 +101,28 @@ def keep(
     records: Mapping[str, Record],
     *,
     blocked: Collection[str] = (),
+    condemned: Mapping[str, str] | None = None,
     policy: ProcessPolicy | None = None,
 ) -> tuple[tuple[Start | Stop, ...], dict[str, Record]]:
     """At most one action for each process id, in order of ids, and the records for the next call.
 
     A view may be late, by less than the policy's timeouts. Ids in `blocked` are not started now. A process that
-    is seen but not wanted is stopped.
+    is seen but not wanted is stopped. One that is ready and `condemned`, for the reason given, is stopped at once
+    and has failed: another follows, after a pause if that has happened before.
     """
     rules = ProcessPolicy() if policy is None else policy
     seen = {view.process_id: view for view in views}
     after: dict[str, Record] = {}
     actions: list[Start | Stop] = []
+    action: Start | Stop | None
     for process_id in sorted({*wanted, *seen, *records}):
         record = _believe(records.get(process_id, Record()), seen.get(process_id), now_s, rules)
         is_wanted = process_id in wanted
-        record, action = _act(record, process_id, now_s, rules, wanted=is_wanted, blocked=process_id in blocked)
+        crime = None if condemned is None else condemned.get(process_id)
+        if crime is not None and is_wanted and record.phase is Phase.READY:
+            record, action = _expel(record, process_id, now_s, rules, crime)
+        else:
+            record, action = _act(record, process_id, now_s, rules, wanted=is_wanted, blocked=process_id in blocked)
         if action is not None:
             actions.append(action)
         if is_wanted or process_id in seen or record.phase is not Phase.ABSENT:
@@ -131,7 +138,8 @@ def _believe(record: Record, view: ProcessView | None, now_s: float, rules: Proc
         return _without_process(record, now_s, rules, certain=record.seen)
     record = replace(record, incarnation=view.incarnation)
     if view.phase is Phase.DEAD:
-        return _without_process(replace(record, detail=view.detail), now_s, rules, certain=True)
+        detail = record.detail if record.phase is Phase.STOPPING else view.detail  # why it was stopped says more
+        return _without_process(replace(record, detail=detail), now_s, rules, certain=True)
     record = replace(record, seen=True)
     if record.phase is Phase.STOPPING:
         return record
@@ -155,6 +163,12 @@ def _without_process(record: Record, now_s: float, rules: ProcessPolicy, *, cert
 def _failed(record: Record, now_s: float, rules: ProcessPolicy) -> Record:
     failures = record.failures + 1
     return replace(record, failures=failures, retry_at_s=now_s + rules.backoff_s(failures))
+
+
+def _expel(record: Record, process_id: str, now_s: float, rules: ProcessPolicy, crime: str) -> tuple[Record, Stop]:
+    """No time to answer what it has: its answers are what is wrong with it."""
+    record = replace(_failed(record, now_s, rules), phase=Phase.STOPPING, since_s=now_s, detail=crime)
+    return record, Stop(process_id, record.incarnation, False, crime)
 
 
 def _act(

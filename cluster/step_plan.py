@@ -1,17 +1,22 @@
 """What one step computes: the plan that the scheduler hands to the engine, and how it is drawn up.
 
-Order of service: running decodes, running prefills, then admissions, each by arrival. A sequence gets the
-blocks of all its known tokens when it is admitted, so only decodes ever grow; who finds no block makes the
-latest arrival start over (preemption by recompute, as in vLLM, arXiv 2309.06180 §4.5). The latest arrival is
-never one that is already in the plan, and the earliest always gets what it needs, so every step advances
-someone. Guesses at what decodes will say come last of all: they get the tokens and blocks that nobody else
-wants in this step, and borrow the blocks for this step only.
+Order of service: running decodes, running prefills, both in order of admission, then admissions in the waiting
+queue's order. A sequence gets the blocks of all its known tokens when it is admitted, so only decodes ever grow; who
+finds no block makes the latest admitted start over (preemption by recompute, as in vLLM, arXiv 2309.06180 §4.5). That
+is never one that is already in the plan, and the earliest always gets what it needs, so every step advances someone.
+A step may be kept to a few (`only`); then the others keep what they have and wait. Guesses at what decodes
+will say come last of all: they get the tokens and blocks that nobody else wants in this step, and borrow the blocks
+for this step only.
+
+Who is admitted shares the blocks that are in the KV cache already, whole ones that somebody has published, and begins
+behind them.
 """
 
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from cluster.block_allocator import BlockAllocator, blocks_for
+from cluster.ids import SequenceId
 from cluster.prompt_lookup import PromptLookup, PromptLookupConfig
 from cluster.sequence import FinishReason, Sequence, SequenceStatus
 from cluster.waiting_queue import WaitingQueue
@@ -22,8 +27,9 @@ class SchedulerConfig:
     """Limits of one coordinator's scheduler; all at least 1.
 
     `max_num_batched_tokens` bounds the tokens of one step, `block_size` is tokens per KV block,
-    `max_model_len` the tokens of one sequence, prompt and output together. Without `prompt_lookup` nothing is
-    guessed.
+    `max_model_len` the tokens of one sequence, prompt and output together. `max_queue_wait_s` bounds the time that
+    a newcomer is likely to wait before it starts; None leaves it to the bounds of the queue. Without
+    `prompt_lookup` nothing is guessed, without `prefix_caching` every sequence is computed from its first token.
     """
 
     max_num_seqs: int
@@ -32,13 +38,17 @@ class SchedulerConfig:
     max_waiting_requests: int
     max_waiting_tokens: int
     max_model_len: int
+    max_queue_wait_s: float | None = None
     prompt_lookup: PromptLookupConfig | None = None
+    prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.max_queue_wait_s is not None and self.max_queue_wait_s <= 0:
+            raise ValueError(f"max_queue_wait_s is {self.max_queue_wait_s}, but must be more than 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, "
@@ -127,31 +137,39 @@ class SequenceUpdate:
 
 @dataclass(slots=True)
 class StepPlanner:
-    """Draws up one step. Changes `running` (in order of arrival), `waiting` and `blocks` as it decides."""
+    """Draws up one step. Changes `running` (in order of admission), `waiting` and `blocks` as it decides.
+
+    With `only`, nobody else is computed, and nothing is guessed.
+    """
 
     config: SchedulerConfig
     max_len: int
     running: list[Sequence]
     waiting: WaitingQueue
     blocks: BlockAllocator
+    only: frozenset[SequenceId] | None = None
     items: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
     budget: int = 0
 
     def plan(self) -> None:
-        """Fill `items` and `preempted`."""
+        """Fill `items`, `preempted` and `admitted`."""
         self.budget = self.config.max_num_batched_tokens
-        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+        for sequence in [s for s in self.running if s.num_uncomputed == 1 and self._may_run(s)]:
             if sequence.status is SequenceStatus.RUNNING and self._grow(sequence):
                 self._take(sequence)
         for sequence in self.running:
-            if sequence.num_uncomputed > 1 and self.budget:
+            if sequence.num_uncomputed > 1 and self.budget and self._may_run(sequence):
                 self._take(sequence)
         self._admit()
         self._guess()
 
+    def _may_run(self, sequence: Sequence) -> bool:
+        return self.only is None or sequence.seq_id in self.only
+
     def _grow(self, sequence: Sequence) -> bool:
-        """Get the block of the next token, at the cost of the latest arrivals; False where that is `sequence`."""
+        """Get the block of the next token, at the cost of the latest admitted; False where that is `sequence`."""
         missing = blocks_for(sequence.num_tokens, self.config.block_size) - len(sequence.block_table)
         if missing <= 0:
             return True
@@ -165,9 +183,9 @@ class StepPlanner:
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
-        self.blocks.free(victim.block_table)
+        self.blocks.free(reversed(victim.block_table))
         victim.block_table.clear()
-        victim.num_computed = 0
+        victim.num_published = victim.num_computed = 0
         victim.lookup = None
         victim.num_preemptions += 1
         victim.status = SequenceStatus.WAITING
@@ -191,24 +209,53 @@ class StepPlanner:
         )
 
     def _admit(self) -> None:
-        """Admit by arrival; nobody overtakes a head that does not fit, so it cannot starve."""
+        """Admit in the queue's order; nobody overtakes a head that does not fit, so it cannot starve.
+
+        With `only`, who stands before one of them gets its blocks too, but is not computed.
+        """
+        if self.only is not None and not any(self._may_run(sequence) for sequence in self.waiting):
+            return
         while self.budget and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting.head()
             if sequence is None:
                 return
-            needed = blocks_for(sequence.num_tokens, self.config.block_size)
-            if needed + self._reserve() > self.blocks.num_free:
+            found = self._find(sequence) if self.config.prefix_caching else []
+            missing = blocks_for(sequence.num_tokens, self.config.block_size) - len(found)
+            if missing + self._reserve() > self.blocks.num_free - self.blocks.num_idle(found):
                 return
-            self.waiting.pop()
-            sequence.block_table += self.blocks.allocate(needed)
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
-            self._take(sequence)
+            self._start(sequence, found, missing)
+            if self._may_run(sequence):
+                self._take(sequence)
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """The blocks, from its first position on, that are in the KV cache and that it may read."""
+        size = self.config.block_size
+        found: list[int] = []
+        for index in range(sequence.num_reusable // size):
+            block = self.blocks.find(sequence.block_key(index, size))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _start(self, sequence: Sequence, found: list[int], missing: int) -> None:
+        """The head of the queue runs from now on, behind what was found."""
+        cached = len(found) * self.config.block_size
+        self.waiting.pop(cached)
+        self.blocks.share(found)
+        sequence.block_table += found
+        sequence.block_table += self.blocks.allocate(missing)
+        sequence.num_published, sequence.num_computed, sequence.era = len(found), cached, self.blocks.era
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self.admitted.append(sequence)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = cached
 
     def _guess(self) -> None:
         """Lengthen decodes by guesses, first come, first served, while few run."""
         lookup = self.config.prompt_lookup
-        if lookup is None or len(self.running) > lookup.max_batch:
+        if lookup is None or self.only is not None or len(self.running) > lookup.max_batch:
             return
         for place, item in enumerate(self.items):
             if item.needs_token and item.num_tokens == 1 and item.sequence.output_ids:

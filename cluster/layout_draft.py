@@ -1,0 +1,137 @@
+"""A layout that is being changed step by step, with every host's load kept up to date: the policies' scratch paper.
+
+It keeps the rules (no second copy on a host, slots, memory) and can take back what it did. What to change is not
+decided here. Letters as in `layout`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.layout import FloatArray, Layout, busy, speeds
+from cluster.policy import Copy, Drop
+
+MANY_COPIES = 1 << 30
+"""No limit."""
+STEEPNESS = 8
+"""Power of the smooth maximum: high enough that the busiest host rules, low enough that the second busiest counts."""
+
+
+_NOTHING = 1e-12
+"""A share of a host's time below which it is rounding."""
+
+
+class Draft:
+    """Copies and drops on a private copy of `layout`. Without `work_LE` nothing is known about loads.
+
+    A search adds no copy for balance to a unit that has `max_copies`; a move may have one more for its while.
+    """
+
+    def __init__(self, layout: Layout, work_LE: FloatArray | None, *, max_copies: int = MANY_COPIES) -> None:
+        grain = layout.grain
+        self.layout = layout
+        self.grain = grain
+        self.max_copies = max_copies
+        self.held_UN = layout.held_UN.copy()
+        self.copies_U = layout.copies_U.copy()
+        self.slots_free_N = layout.slots_free_N.copy()
+        self.bytes_free_N = layout.bytes_free_N.copy()
+        self.speed_N = speeds(layout.hosts)
+        self.open_N = np.array([not host.draining for host in layout.hosts], np.bool_)
+        self.work_LE = np.zeros((grain.num_layers, grain.num_experts)) if work_LE is None else work_LE
+        self.work_U: FloatArray = np.add.reduceat(self.work_LE, grain.bounds[:-1], axis=0).ravel()
+        self.busy_LN = busy(grain, self.held_UN, self.copies_U, self.speed_N, self.work_LE)
+
+    def work(self, unit: int) -> FloatArray:
+        """Work of a unit in each of its layers."""
+        return self.work_LE[self.grain.layers(unit), unit % self.grain.num_experts]
+
+    def holders(self, unit: int) -> list[int]:
+        """Hosts (columns) that hold the unit."""
+        return [int(host) for host in np.flatnonzero(self.held_UN[unit])]
+
+    def has_room(self, unit: int, host: int) -> bool:
+        """True when the host could load the unit now, and may."""
+        return bool(
+            self.open_N[host]
+            and self.slots_free_N[host] >= 1
+            and self.bytes_free_N[host] >= self.grain.bytes_U[unit]
+            and not self.held_UN[unit, host]
+        )
+
+    def copy(self, unit: int, host: int, reason: str) -> Copy:
+        """Put the unit on the host; it must have room. The source is the least busy holder, or disk."""
+        assert self.has_room(unit, host), f"{self.layout.hosts[host].node_id} has no room for unit {unit}"
+        holders = np.flatnonzero(self.held_UN[unit])
+        source = None
+        if len(holders):
+            source = int(holders[self.busy_LN[self.grain.layers(unit)][:, holders].sum(axis=0).argmin()])
+        self._set(unit, host, held=True)
+        return Copy(
+            unit=unit,
+            node_id=self.layout.hosts[host].node_id,
+            source=None if source is None else self.layout.hosts[source].node_id,
+            num_bytes=int(self.grain.bytes_U[unit]),
+            reason=reason,
+        )
+
+    def drop(self, unit: int, host: int, reason: str) -> Drop:
+        """Take the unit from the host."""
+        assert self.held_UN[unit, host], f"{self.layout.hosts[host].node_id} does not hold unit {unit}"
+        self._set(unit, host, held=False)
+        return Drop(unit=unit, node_id=self.layout.hosts[host].node_id, reason=reason)
+
+    def redo(self, actions: Sequence[tuple[int, int, bool]]) -> None:
+        """(unit, host, held) one after another, unchecked."""
+        for unit, host, held in actions:
+            self._set(unit, host, held=held)
+
+    def undo(self, actions: Sequence[tuple[int, int, bool]], busy_LN: FloatArray) -> None:
+        """Takes back what `redo` did last, to the last bit: `busy_LN` is a copy from before it."""
+        for unit, host, held in reversed(actions):
+            self._count(unit, host, held=not held)
+        self.busy_LN[:] = busy_LN
+
+    @property
+    def even_L(self) -> FloatArray:
+        """Share of its time that each layer would cost if every host worked as long as any other."""
+        even: FloatArray = (self.busy_LN @ self.speed_N) / self.speed_N.sum()
+        return even
+
+    def smooth_costs(self) -> FloatArray:
+        """Of each layer, like its busiest host's share, but the busiest hosts count, not only the one; shape (L,)."""
+        return smooth(self.busy_LN)
+
+    def smooth_cost(self) -> float:
+        """Like `critical_share`, of `smooth_costs`."""
+        return float(self.smooth_costs().sum())
+
+    def _set(self, unit: int, host: int, *, held: bool) -> None:
+        before_N = self._shares(unit)
+        self._count(unit, host, held=held)
+        self.busy_LN[self.grain.layers(unit)] += self.work(unit)[:, None] * (self._shares(unit) - before_N)
+
+    def _count(self, unit: int, host: int, *, held: bool) -> None:
+        sign = 1 if held else -1
+        self.held_UN[unit, host] = held
+        self.copies_U[unit] += sign
+        self.slots_free_N[host] -= sign
+        self.bytes_free_N[host] -= sign * self.grain.bytes_U[unit]
+
+    def _shares(self, unit: int) -> FloatArray:
+        """How long each host works for one second of the unit's work."""
+        shares_N: FloatArray = self.held_UN[unit] / (max(int(self.copies_U[unit]), 1) * self.speed_N)
+        return shares_N
+
+
+def smooth(busy_XN: FloatArray) -> FloatArray:
+    """The norm of each row, of STEEPNESS: squared three times, many times faster than `**`."""
+    largest_X = busy_XN.max(axis=-1, initial=_NOTHING)
+    power_XN = busy_XN / largest_X[..., None]
+    for _ in range(3):
+        np.multiply(power_XN, power_XN, out=power_XN)
+    root_X: FloatArray = power_XN.sum(axis=-1)
+    for _ in range(3):
+        np.sqrt(root_X, out=root_X)
+    smooth_X: FloatArray = largest_X * root_X
+    return smooth_X
