@@ -20,14 +20,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from actors.client_tokens import TOKEN_KEY, ClientTokens
+from actors.port_limits import EXPERT_PORT, PortLimits
 from protos.codec import MAX_MESSAGE_BYTES
 
-MAX_CONCURRENT_RPCS = 1024
-"""Calls that one server runs at a time; a cluster has a handful of streams per peer."""
+HANDSHAKE_S = 10
+"""Who has connected and not said so far what HTTP/2 begins with is turned away."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
-_TOKEN_KEY = "authorization"
 # Bit set of compression algorithms: a compressed message could grow past its limit while it is read.
 _ONLY_IDENTITY = 1
 
@@ -46,7 +47,8 @@ _SERVER_OPTIONS = (
     *_SHARED_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ("grpc.max_concurrent_streams", MAX_CONCURRENT_RPCS),
+    ("grpc.http2.bdp_probe", 0),  # it would widen every stream's window as far as the network goes
+    ("grpc.http2.max_frame_size", 1 << 20),  # the probe widened frames too
 )
 _CLIENT_OPTIONS = (
     *_SHARED_OPTIONS,
@@ -68,13 +70,15 @@ class WireCredentials:
     """The bearer token of a cluster and, for TLS, paths of PEM files; the repr shows no token.
 
     Certificate and key switch TLS on. With `tls_ca` both sides present a certificate signed by it (mutual
-    TLS); without, clients check the server against the system's authorities.
+    TLS); without, clients check the server against the system's authorities. `tls_server_name` is the name that a
+    server's certificate must have, instead of the address that was called; it needs `tls_ca`.
     """
 
     token: str = field(repr=False)
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_ca: str | None = None
+    tls_server_name: str | None = None
 
     def __post_init__(self) -> None:
         if not self.token or not self.token.isascii() or not self.token.isprintable():
@@ -83,6 +87,8 @@ class WireCredentials:
             raise ChannelError("tls_cert and tls_key must be given together")
         if self.tls_ca is not None and self.tls_cert is None:
             raise ChannelError("tls_ca needs tls_cert and tls_key")
+        if self.tls_server_name is not None and self.tls_ca is None:
+            raise ChannelError("tls_server_name needs tls_ca")
 
     def for_server(self) -> grpc.ServerCredentials | None:
         """TLS for a listening port, None when TLS is off. Raises ChannelError for an unreadable file."""
@@ -102,12 +108,25 @@ class WireCredentials:
         return grpc.ssl_channel_credentials(_read("tls_ca", self.tls_ca), key, certificate)
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a call without the right token before a byte of its messages is read."""
+@dataclass(frozen=True, slots=True)
+class ClientAccess:
+    """Clients beside the cluster's own, and the methods ("/octavo.CoordinatorService/Generate") that they may call."""
 
-    def __init__(self, token: str) -> None:
+    tokens: ClientTokens
+    methods: frozenset[str]
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Ends a call without the right token before a byte of its messages is read.
+
+    `rejected` counts them, and those of clients who called what is not theirs.
+    """
+
+    def __init__(self, token: str, clients: ClientAccess | None = None) -> None:
         self._expected = f"Bearer {token}".encode()
+        self._clients = clients
         self._rejecter: Handler = grpc.stream_stream_rpc_method_handler(_reject)
+        self._denier: Handler = grpc.stream_stream_rpc_method_handler(_deny)
         self.rejected = 0
 
     async def intercept_service(
@@ -117,23 +136,40 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler:
         """Looks at the header only; the comparison takes the same time for every wrong token."""
         for key, value in handler_call_details.invocation_metadata:
-            if key == _TOKEN_KEY:
+            if key == TOKEN_KEY:
                 given = value if isinstance(value, bytes) else value.encode(errors="replace")
                 if hmac.compare_digest(given, self._expected):
                     return await continuation(handler_call_details)
+        known = self._clients is not None and self._clients.tokens.who(handler_call_details.invocation_metadata)
+        if known and self._clients is not None and handler_call_details.method in self._clients.methods:
+            return await continuation(handler_call_details)
         self.rejected += 1
-        return self._rejecter
+        return self._denier if known else self._rejecter
 
 
 class GrpcServer:
     """A listening server and its health. `address` is `host:port` with the port it really got."""
 
-    def __init__(self, server: grpc.aio.Server, service: str, host: str, port: int, health_servicer: Any) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        service: str,
+        host: str,
+        port: int,
+        health_servicer: Any,
+        gate: TokenInterceptor,
+    ) -> None:
         self._server = server
+        self._gate = gate
         self._service = service
         self._health = health_servicer
         self.port = port
         self.address = join_address(host, port)
+
+    @property
+    def rejected(self) -> int:
+        """Calls that were ended for their token, unread."""
+        return self._gate.rejected
 
     async def set_serving(self, serving: bool) -> None:
         """Answers health checks, of the service and of the whole server, with SERVING or NOT_SERVING."""
@@ -156,16 +192,20 @@ async def serve_grpc(
     port: int,
     credentials: WireCredentials,
     serving: bool = True,
+    clients: ClientAccess | None = None,
+    limits: PortLimits = EXPERT_PORT,
 ) -> GrpcServer:
     """Starts a server with what `register` adds, plus health and reflection, all behind the token.
 
+    `clients` may call what is named there with tokens of their own. `limits` bound what peers make it hold.
     `service` is the full name, e.g. `octavo.ExpertService`. Port 0 takes a free one. Raises ChannelError when
     the address cannot be bound or a TLS file cannot be read.
     """
+    gate = TokenInterceptor(credentials.token, clients)
     server = grpc.aio.server(
-        interceptors=[TokenInterceptor(credentials.token)],
-        options=_SERVER_OPTIONS,
-        maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
+        interceptors=[gate],
+        options=(*_SERVER_OPTIONS, *_limiting(limits)),
+        maximum_concurrent_rpcs=limits.calls,
         compression=grpc.Compression.NoCompression,
     )
     register(server)
@@ -173,10 +213,18 @@ async def serve_grpc(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     bound = _bind(server, join_address(host, port), credentials.for_server())
-    running = GrpcServer(server, service, host, bound, health_servicer)
+    running = GrpcServer(server, service, host, bound, health_servicer, gate)
     await running.set_serving(serving)
     await server.start()
     return running
+
+
+def _limiting(limits: PortLimits) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.http2.lookahead_bytes", limits.window_bytes),
+    )
 
 
 def open_channel(address: str, credentials: WireCredentials) -> grpc.aio.Channel:
@@ -189,7 +237,9 @@ def open_channel(address: str, credentials: WireCredentials) -> grpc.aio.Channel
     if secret is None:
         inner = grpc.aio.insecure_channel(address, _CLIENT_OPTIONS, grpc.Compression.NoCompression)
     else:
-        inner = grpc.aio.secure_channel(address, secret, _CLIENT_OPTIONS, grpc.Compression.NoCompression)
+        name = credentials.tls_server_name
+        options = _CLIENT_OPTIONS if name is None else (*_CLIENT_OPTIONS, ("grpc.ssl_target_name_override", name))
+        inner = grpc.aio.secure_channel(address, secret, options, grpc.Compression.NoCompression)
     return _TokenChannel(inner, credentials.token)
 
 
@@ -203,7 +253,7 @@ class _TokenChannel(grpc.aio.Channel):
 
     def __init__(self, inner: grpc.aio.Channel, token: str) -> None:
         self._inner = inner
-        self._metadata = ((_TOKEN_KEY, f"Bearer {token}"),)
+        self._metadata = ((TOKEN_KEY, f"Bearer {token}"),)
 
     async def close(self, grace: float | None = None) -> None:
         await self._inner.close(grace)
@@ -244,6 +294,10 @@ class _TokenChannel(grpc.aio.Channel):
 
 async def _reject(_requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "missing or wrong bearer token")
+
+
+async def _deny(_requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this token opens Generate and nothing else")
 
 
 def _bind(server: grpc.aio.Server, address: str, secret: grpc.ServerCredentials | None) -> int:

@@ -13,6 +13,7 @@ from bisect import insort
 
 import torch
 
+from protos.checksum import array_checksum
 from protos.lane import as_rows, region_bytes
 
 
@@ -35,6 +36,10 @@ class SharedRows:
         self.num_rows = num_rows
         self.width = width
         self.tensor = as_rows(memoryview(mmap.mmap(fd, region_bytes(num_rows, width))), width)
+        self._array = self.tensor.numpy()
+        self._address = self.tensor.data_ptr()
+        self._row_bytes = region_bytes(1, width)
+        self._num_bytes = region_bytes(num_rows, width)
         self.fd = fd
 
     @classmethod
@@ -71,16 +76,34 @@ class SharedRows:
 
     def place(self, rows_MD: torch.Tensor) -> int | None:
         """The row at which `rows_MD`, a slice of this region's tensor, begins; None for any other tensor."""
-        offset = rows_MD.data_ptr() - self.tensor.data_ptr()
-        row_bytes = region_bytes(1, self.width)
-        if not 0 <= offset < self.num_rows * row_bytes or offset % row_bytes or not rows_MD.is_contiguous():
+        offset = rows_MD.data_ptr() - self._address
+        if not 0 <= offset < self._num_bytes or not rows_MD.is_contiguous():
             return None
-        return offset // row_bytes
+        row, rest = divmod(offset, self._row_bytes)
+        return None if rest else row
+
+    def slice(self, first: int, count: int) -> torch.Tensor:
+        """(count, width) of this memory."""
+        return self.tensor[first : first + count]
+
+    def put(self, base: int, at: int, rows_MD: torch.Tensor) -> None:
+        """Copies (M, width) of fp32 on the CPU to row `base` + `at` and on; numpy's copy is the shorter way."""
+        first = base + at
+        self._array[first : first + len(rows_MD)] = rows_MD.numpy()
+
+    def checksum(self, *places: tuple[int, int]) -> int:
+        """CRC-32C of the rows in these places, (first row, how many), one behind another."""
+        found = 0
+        for first, count in places:
+            found = array_checksum(self._array[first : first + count], found)
+        return found
 
     def close(self) -> None:
         """Gives everything back, the memory when the last slice of it has gone, too."""
         self.unshare()
         self.tensor = torch.empty(0, self.width)
+        self._array = self.tensor.numpy()
+        self._num_bytes = 0
 
     def unshare(self) -> None:
         """Gives the descriptor back: who has not been sent it yet never will be. The memory stays."""

@@ -57,12 +57,13 @@ class Attacher:
     async def _connect(
         self, channel: grpc.aio.Channel, replica: ReplicaInfo, counters: WireCounters, timeout_s: float
     ) -> ExpertTransport:
-        agreed = await self._agree(channel, replica, timeout_s)
+        agreed, incarnation = await self._agree(channel, replica, timeout_s)
         if agreed.lane == "shm" and self.lanes is not None:
             try:
                 lane = await self.lanes.connect(
                     replica.replica_id, agreed.endpoint, agreed.ticket, counters, _LANE_TIMEOUT_S
                 )
+                lane.incarnation = incarnation
                 lane.guard(partial(_watch, channel), channel.close)
                 return lane
             except TransportError as error:
@@ -71,10 +72,17 @@ class Attacher:
                     raise
         if self.lane_only:
             raise TransportError("no same-node lane with this replica, and transport is shm")
-        return await self._open_streams(channel, replica, counters, timeout_s)
+        transport = await self._open_streams(channel, replica, counters, timeout_s)
+        transport.incarnation = incarnation
+        return transport
 
-    async def _agree(self, channel: grpc.aio.Channel, replica: ReplicaInfo, timeout_s: float) -> pb.AttachReply:
-        """Attach answers only when the replica is ready. Raises TransportError for one that the map does not mean."""
+    async def _agree(
+        self, channel: grpc.aio.Channel, replica: ReplicaInfo, timeout_s: float
+    ) -> tuple[pb.AttachReply, str]:
+        """What Attach answers, which is when the replica is ready, and which process it is.
+
+        Raises TransportError for one that the map does not mean.
+        """
         attach: Any = channel.unary_unary(
             METHOD + "Attach", pb.AttachRequest.SerializeToString, pb.AttachReply.FromString
         )
@@ -89,7 +97,7 @@ class Attacher:
             meant, found = getattr(replica, name), getattr(info, name)
             if meant != found:
                 raise TransportError(f"{name} is {found!r}, the map says {meant!r}")
-        return agreed
+        return agreed, f"{info.pid}@{info.node_id}/{replica.address}"
 
     async def _open_streams(
         self, channel: grpc.aio.Channel, replica: ReplicaInfo, counters: WireCounters, timeout_s: float

@@ -1,35 +1,36 @@
 """One layer's rows on their way to the experts and back: asks, and asks again until every row is answered.
 
 The usual case costs no task and, over same-node lanes, no turn of the event loop: one message per replica, and its
-answer is copied in where it arrives. Only a part whose first attempt failed, or takes too long while somebody else
-could do it, gets a task that pursues it: at another replica, or the same one when something has changed or after
-a growing pause. An expert's answer depends on nothing but its rows, so asking twice is harmless and the first
-answer is the answer.
+answer is copied in (`actors.dispatch.gathering`) where it arrives. What failed, is overdue or is not believed is asked
+again by `actors.dispatch.recovery`. An expert's answer depends on nothing but its rows, so asking twice is harmless
+and the first answer is the answer.
 
 N routed rows, D hidden size. A part is one expert's rows, or as many of them as fit a message.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
+from actors.dispatch.cross_check import CrossCheck
+from actors.dispatch.gathering import NOT_FINITE, Gathering
 from actors.dispatch.lane_transport import LaneDoorbells
 from actors.dispatch.merging import MergedRows, merge
-from actors.dispatch.pursuit import Pursuer
+from actors.dispatch.probing import send_probes
+from actors.dispatch.recovery import Recovery
 from actors.dispatch.replica_link import ReplicaLink
 from actors.dispatch.replica_pool import ReplicaPool
-from actors.dispatch.round_parts import Failure, Message, Part, Patience, RemoteStats, failure_of
-from actors.dispatch.transport import ExpertRequest, ExpertRows, PendingReply, TransportError
+from actors.dispatch.round_parts import Message, Part, Patience, RemoteStats, still_open
+from actors.dispatch.transport import ExpertRequest, ExpertRows, PendingReply
+from cluster.service_times import size_of
 from model.dispatch import Answers, DispatchPlan, WeightedAnswers
-
-LOG = logging.getLogger(__name__)
 
 _LANE_ROWS = 4096  # most rows of a message by a same-node lane: they do not travel, but a replica's queue is bounded
 _BLOCK_S = 0.05  # longest wait outside the event loop: probes and cancellations must get their turn
+_GRACE_S = 0.01  # who was busy with something else looks at what has come before blaming anybody
 
 
 class ExpertRound:
@@ -45,91 +46,107 @@ class ExpertRound:
         doorbells: LaneDoorbells | None,
         stats: RemoteStats,
         patience: Patience,
+        cross_check: CrossCheck,
         layer: int,
         plan: DispatchPlan,
         x_ND: torch.Tensor,
         max_rows: int,
         on_end: Callable[[], None] = lambda: None,
+        deadline_s: float | None = None,
     ) -> None:
         self._pool = pool
+        self._book = pool.book
         self._doorbells = doorbells
         self._stats = stats
-        self._patience = patience
+        self._cross_check = cross_check
         self._layer = layer
         self._plan = plan
         self._x_ND = x_ND
-        self._weights_TK: torch.Tensor | None = None
         self._max_rows = max_rows
-        self._output_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        self._gathered = Gathering(pool, stats, cross_check, layer, plan, x_ND)
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._deadline_s = self._loop.time() + patience.deadline_s
-        self._pursuer: Pursuer | None = None
+        now_s = self._loop.time()
+        self._deadline_s = now_s + patience.deadline_s
+        if deadline_s is not None:
+            self._deadline_s = min(self._deadline_s, deadline_s)
+        self._deadline_unix_us = patience.wall_us() + int((self._deadline_s - now_s) * 1e6)
+        self._size = size_of(len(x_ND))
+        self._timeout_s = self._book.times.timeout_s(self._size)
+        self._recovery: Recovery | None = None
         self._messages: list[Message] = []
         self._unsent: list[Part] = []
-        self._missing = 0
         self._error: BaseException | None = None
         self._finished: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._ended = False
-        self._send_all(_rows_by_expert(plan))
+        self._send_all(_rows_by_expert(plan), now_s)
 
     async def result(self) -> Answers:
         """out_ND, complete, with other weights where answers were summed elsewhere. Raises ExpertUnavailable."""
         try:
-            for part in self._unsent:
-                self._start_pursuit(part, None, Failure("UNREACHABLE", "no replica can be asked"))
-            if self._missing:
+            if self._unsent:
+                self._recover().unsent(self._unsent)
+            if self._gathered.missing and self._error is None:
                 self._wait_outside_the_loop()
-            if self._missing and self._error is None:
+            if self._gathered.missing and self._error is None:
                 await self._wait_on_the_loop()
             if self._error is not None:
                 raise self._error
-            if self._weights_TK is None:
-                return self._output_ND
-            return WeightedAnswers(self._output_ND, self._weights_TK)
+            output_ND, weights_TK = self._gathered.output_ND, self._gathered.weights_TK
+            return output_ND if weights_TK is None else WeightedAnswers(output_ND, weights_TK)
         finally:
             self.abandon()
 
     def abandon(self) -> None:
         """Nobody waits any more: what is under way is ignored when it comes."""
         if self._ended:
-            return
+            return None
         self._ended = True
-        for message in self._messages:
-            if not message.left:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._recovery is None:
+            for message in self._messages:
                 message.reply.cancel()
-            for part in message.parts:
-                if part.pursuit is not None:
-                    part.pursuit.cancel()
-        for part in self._unsent:
-            if part.pursuit is not None:
-                part.pursuit.cancel()
-        self._on_end()
+            return self._on_end()
+        self._recovery.cancel()
+        losers = [one for one in self._messages if (one.left or one.hedge) and not one.reply.done()]
+        for message in self._messages:
+            if message not in losers:  # those are listened to: a replica that answers late is silent no longer
+                message.reply.cancel()
+        if self._gathered.missing:
+            return self._on_end()
+        return self._cross_check.keep(self._layer, losers, self._gathered.output_ND, self._on_end)
 
-    # ---- the usual case ------------------------------------------------------------------------------
+    # ---- sending -------------------------------------------------------------------------------------
 
-    def _send_all(self, parts: Sequence[ExpertRows]) -> None:
+    def _send_all(self, parts: Sequence[ExpertRows], now_s: float) -> None:
         """One message per replica, or a few where they would be too long."""
         began_s = time.perf_counter()
-        chosen: dict[ReplicaLink | None, list[ExpertRows]] = {}
-        for asked in parts:
-            chosen.setdefault(self._pool.best(self._layer, asked.expert_id), []).append(asked)
-        for link, batch in chosen.items():
+        if self._book.watching:
+            send_probes(
+                self._pool, self._stats, self._layer, parts, self._size, self._loop.time, self._request, self._agrees
+            )
+        for link, batch in self._pool.choose(self._layer, parts).items():
             if link is None:
                 self._unsent = [Part(piece) for asked in batch for piece in self._cut(asked, self._max_rows)]
-                self._missing += len(self._unsent)
+                self._gathered.missing += len(self._unsent)
                 continue
             for together, merged in self._messages_for(link, batch):
-                self._missing += len(together)
-                self._send(link, together, merged)
+                self._gathered.missing += len(together)
+                self._book.budget.calls += 1
+                self._send(link, together, now_s, merged)
         self._stats.send_s += time.perf_counter() - began_s
 
     def _messages_for(
         self, link: ReplicaLink, batch: Sequence[ExpertRows]
     ) -> Iterator[tuple[list[Part], MergedRows | None]]:
         """What travels is merged where that saves bytes; everything else is cut to size."""
+        if link.lane == "shm" and sum([asked.num_rows for asked in batch]) <= _LANE_ROWS:
+            yield [Part(asked) for asked in batch], None
+            return
         several = link.lane == "grpc" and len(batch) > 1
-        merged = merge(self._plan, [asked.expert_id for asked in batch], self._max_rows) if several else []
+        merged = merge(self._plan, batch, self._max_rows) if several else []
         for one in merged:
             yield [Part(asked) for asked in one.parts], one
         if not merged:
@@ -147,77 +164,73 @@ class ExpertRound:
             return [asked]
         return [ExpertRows(asked.expert_id, slice(at, min(at + most, stop))) for at in range(start, stop, most)]
 
-    def _send(self, link: ReplicaLink, parts: Sequence[Part], merged: MergedRows | None = None) -> Message:
-        request = ExpertRequest(
-            layer_id=self._layer,
-            map_epoch=self._pool.epoch,
-            deadline_unix_us=self._patience.wall_us() + int((self._deadline_s - self._loop.time()) * 1e6),
-            parts=tuple([part.asked for part in parts]),
-            x_ND=self._x_ND,
-            entries=None if merged is None else merged.entries,
-        )
-        message = Message(parts, link, self._loop.time(), link.send(request), merged)
-        self._messages.append(message)
-        message.reply.when_done(partial(self._arrive, message))
-        return message
+    def _request(self, parts: tuple[ExpertRows, ...], merged: MergedRows | None = None) -> ExpertRequest:
+        entries = None if merged is None else merged.entries
+        return ExpertRequest(self._layer, self._pool.epoch, self._deadline_unix_us, parts, self._x_ND, entries)
 
-    def _send_again(self, link: ReplicaLink, part: Part) -> Message | None:
-        """None when the part goes in pieces: rows that were in shared memory now travel, and are too many for one."""
+    def _send(
+        self,
+        link: ReplicaLink,
+        parts: Sequence[Part],
+        now_s: float,
+        merged: MergedRows | None = None,
+        hedge: bool = False,
+    ) -> None:
+        reply = link.send(self._request(tuple([part.asked for part in parts]), merged))
+        message = Message(parts, link, now_s, now_s + self._timeout_s, reply, merged, hedge)
+        for part in parts:
+            part.attempts += (message,)
+        self._stats.calls += 1
+        self._messages.append(message)
+        reply.when_done(partial(self._arrive, message))
+
+    def _send_again(self, link: ReplicaLink, parts: Sequence[Part], hedge: bool) -> None:
+        """In pieces where rows that were in shared memory now travel, and are too many for one message."""
         most = self._most(link)
-        if part.asked.num_rows <= most:
-            return self._send(link, [part])
-        pieces = [Part(asked, tried=set(part.tried)) for asked in self._cut(part.asked, most)]
-        part.answered = True  # whatever comes for all of it at once, its pieces are waited for
-        self._missing += len(pieces) - 1
-        for piece in pieces:
-            message = self._send(link, [piece])
-            if not piece.answered and piece.pursuit is None:
-                self._start_pursuit(piece, message, None)
-        return None
+        for part in parts:
+            if part.asked.num_rows > most:
+                part.pieces = tuple([Part(asked, tried=part.tried) for asked in self._cut(part.asked, most)])
+                self._gathered.missing += len(part.pieces) - 1
+        for together in _packed(list(still_open(parts)), most):
+            self._stats.retries += any(part.attempts for part in parts)
+            self._stats.hedges += hedge
+            self._send(link, together, self._loop.time(), hedge=hedge)
+
+    # ---- answers -------------------------------------------------------------------------------------
 
     def _arrive(self, message: Message, reply: PendingReply) -> None:
         """Takes the answer now, whoever waits for it: a turn of the loop later its memory may be used again."""
         if self._ended or reply.cancelled():
+            self._stats.wire.late_replies += not reply.cancelled()
             return
-        failure = self._take(message)
-        if failure is not None:
-            for part in message.parts:
-                if not part.answered and part.pursuit is None:
-                    self._start_pursuit(part, message, failure)
+        gathered = self._gathered
+        missing = gathered.missing
+        failure = gathered.take(message)
+        if failure is None:
+            if gathered.missing < missing:
+                now_s = self._loop.time()
+                self._book.answered(message.link.record, self._size, now_s - message.sent_s, now_s)
+                self._stats.hedges_won += message.hedge
+                if not gathered.missing:
+                    self._complete()
+        elif failure is NOT_FINITE and message.merged is not None:  # which of the answers in the sums it was
+            self._send_again(message.link, list(still_open(message.parts)), False)
+        else:
+            self._recover().failed(message, failure)
 
-    def _take(self, message: Message) -> Failure | None:
-        """Copies an answer into the output, or says why there is none."""
-        answer = message.reply.outcome()
-        if isinstance(answer, TransportError) or answer.output is None:
-            return failure_of(message)
-        self._stats.compute_us += answer.compute_us
-        self._stats.queue_us += answer.queue_us
-        return self._put(message, answer.output)
-
-    def _put(self, message: Message, output: torch.Tensor) -> Failure | None:
-        if message.merged is not None:
-            if any(part.answered for part in message.parts):
-                return failure_of(message)
-            if self._weights_TK is None:
-                self._weights_TK = self._plan.weights_TK.to("cpu", copy=True)
-            message.merged.unpack(output, self._output_ND, self._weights_TK)
-        at = 0
-        for part in message.parts:
-            count = part.asked.num_rows
-            if not part.answered:
-                if message.merged is None:
-                    self._output_ND[part.asked.rows] = output[at : at + count]
-                self._note_answered(part)
-            at += count
-        return None
-
-    def _note_answered(self, part: Part) -> None:
-        part.answered = True
-        if part.pursuit is not None and part.pursuit is not asyncio.current_task():
-            part.pursuit.cancel()
-        self._missing -= 1
-        if self._missing == 0:
+    def _complete(self) -> None:
+        """Everything has been answered: ends the round if everything is believed."""
+        disbelieved = self._gathered.disbelieved(self._messages)
+        for message in disbelieved:
+            self._recover().failed(message, NOT_FINITE)
+        if not disbelieved:
             self._finish()
+
+    def _agrees(self, link: ReplicaLink, row: int, y_1D: torch.Tensor) -> bool:
+        """Whether a probe's answer is the one that was used, as far as that can still be told."""
+        return self._ended or self._gathered.agrees(self._messages, link.replica.replica_id, row, y_1D)
+
+    # ---- waiting -------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         if self._finished is not None and not self._finished.done():
@@ -227,45 +240,45 @@ class ExpertRound:
         """While all that is missing comes by lanes: nobody else's turn, no task switch, no future."""
         if self._doorbells is None or self._unsent or any(one.link.lane != "shm" for one in self._messages):
             return
-        until_s = time.monotonic() + min(_BLOCK_S, self._patience.attempt_s)
-        pursued = False
-        while self._missing and not pursued and (remaining_s := until_s - time.monotonic()) > 0:
+        began_s = self._loop.time()
+        until_s = min(began_s + _BLOCK_S, max(self._messages[0].due_s, began_s + _GRACE_S))
+        while self._gathered.missing and self._error is None and (remaining_s := until_s - self._loop.time()) > 0:
             if not self._doorbells.wait(remaining_s):
                 return
-            pursued = any(part.pursuit is not None for one in self._messages for part in one.parts)
+            if self._recovery is not None and self._recovery.pursuing:
+                return
 
     async def _wait_on_the_loop(self) -> None:
         self._finished = self._loop.create_future()
-        timer = self._loop.call_later(
-            min(self._patience.attempt_s, (self._deadline_s - self._loop.time())), self._pursue_all
-        )
-        try:
-            await self._finished
-        finally:
-            timer.cancel()
+        first_s = min([one.due_s for one in self._messages], default=self._deadline_s)
+        self._look_at(max(first_s, self._loop.time() + _GRACE_S))
+        await self._finished
 
-    # ---- the others ----------------------------------------------------------------------------------
+    def _look_at(self, when_s: float) -> None:
+        when_s = min(when_s, self._deadline_s)
+        self._timer = self._loop.call_at(when_s, self._look, when_s)
 
-    def _pursue_all(self) -> None:
-        """Patience is over: whoever has not answered is watched, one by one."""
-        for message in tuple(self._messages):
-            for part in message.parts:
-                if not part.answered and part.pursuit is None:
-                    self._start_pursuit(part, message, None)
+    def _look(self, meant_s: float) -> None:
+        """Patience may be over for somebody."""
+        now_s = self._loop.time()
+        if self._error is not None or not self._gathered.missing:
+            return None
+        if now_s >= self._deadline_s:
+            return self._recover().expire(self._messages)
+        if now_s - meant_s > _GRACE_S:
+            return self._look_at(now_s + _GRACE_S)
+        return self._look_at(self._recover().overdue(self._messages, now_s))
 
-    def _start_pursuit(self, part: Part, message: Message | None, failure: Failure | None) -> None:
-        if self._pursuer is None:
-            self._pursuer = Pursuer(
-                self._pool, self._stats, self._patience, self._layer, self._deadline_s, self._send_again
+    def _recover(self) -> Recovery:
+        if self._recovery is None:
+            self._recovery = Recovery(
+                self._pool, self._stats, self._layer, self._deadline_s, self._send_again, self._give_up
             )
-        part.pursuit = asyncio.create_task(self._pursuer.pursue(part, message, failure))
-        part.pursuit.add_done_callback(self._pursuit_ended)
+        return self._recovery
 
-    def _pursuit_ended(self, pursuit: asyncio.Task[None]) -> None:
-        error = None if pursuit.cancelled() else pursuit.exception()
-        if error is not None:
-            self._error = self._error or error
-            self._finish()
+    def _give_up(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._finish()
 
 
 def _rows_by_expert(plan: DispatchPlan) -> list[ExpertRows]:

@@ -26,6 +26,8 @@ METHOD = "/octavo.ExpertService/"
 LARGE_BYTES = 256 * 1024
 """Messages from this size on are spread over the channels."""
 
+_WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class GrpcTransport:
     """Streams over channels that are connected; the first is the one for small messages."""
@@ -33,6 +35,7 @@ class GrpcTransport:
     lane = "grpc"
 
     def __init__(self, replica_id: str, channels: Sequence[grpc.aio.Channel], counters: WireCounters) -> None:
+        self.incarnation = ""
         self.closed = asyncio.Event()
         self.reason = ""
         self._replica_id = replica_id
@@ -182,21 +185,27 @@ class _Stream:
         pending = self._pending.pop(header.sequence, None)
         if header.sequence == 0:
             self._distrust(f"the replica could not read a message: {header.detail}")
-        elif pending is None or pending.reply.done():
-            self._counters.late_replies += 1
-        else:
+        elif pending is not None and not pending.reply.done():
             self._resolve(pending, header, frame)
+        elif header.status == pb.STATUS_CORRUPT or header.sequence > self._sequence:
+            self._distrust(f"an answer to message {header.sequence}, which is not waited for: {header.detail}")
+        else:
+            self._counters.late_replies += 1
         return None
 
     def _resolve(self, pending: _Pending, header: pb.ForwardReply, frame: Frame[pb.ForwardReply] | None) -> None:
-        status, output = header.status, None
+        status, output, malformed = header.status, None, False
         detail = header.detail
-        if status == pb.STATUS_OK:
+        if (status == pb.STATUS_OK) != (frame is not None) or status not in pb.Status.values():
+            status, detail = pb.STATUS_CORRUPT, f"status {status} {'with' if frame else 'without'} an output"
+        elif status == pb.STATUS_OK:
             try:
                 output = _output(pending, frame)
             except CodecError as error:
                 status, detail = error.status, error.detail
-        pending.reply.end(ExpertReply(status, detail, output, header.compute_us, header.queue_us))
+                malformed = frame is not None and status == pb.STATUS_INVALID and _came_whole(pending, frame)
+        times = header.compute_us, header.queue_us
+        pending.reply.end(ExpertReply(status, detail, output, *times, malformed, header.inflight_tokens))
         if status == pb.STATUS_CORRUPT:
             self._distrust(detail)
 
@@ -209,8 +218,7 @@ class _Stream:
 
 
 def _output(pending: _Pending, frame: Frame[pb.ForwardReply] | None) -> torch.Tensor:
-    if frame is None:
-        raise CodecError(pb.STATUS_INVALID, "the reply has no output")
+    assert frame is not None, "a reply without an output is never OK"
     rows, width = pending.shape
     output = restore(
         frame.claim,
@@ -223,6 +231,23 @@ def _output(pending: _Pending, frame: Frame[pb.ForwardReply] | None) -> torch.Te
     if len(output) != rows:
         raise CodecError(pb.STATUS_INVALID, f"{len(output)} rows came back for {rows}")
     return output
+
+
+def _came_whole(pending: _Pending, frame: Frame[pb.ForwardReply]) -> bool:
+    """Whether an answer of the wrong shape is what the replica sent: its checksum covers the shape."""
+    try:
+        rows, width = frame.claim.shape
+        restore(
+            frame.claim,
+            frame.payload,
+            max_rows=rows,
+            width=width,
+            dtypes=_WIRE_DTYPES,
+            seed=reply_seed(pending.request),
+        )
+    except (CodecError, ValueError):
+        return False
+    return True
 
 
 def said(error: grpc.aio.AioRpcError) -> str:

@@ -23,6 +23,8 @@ from protos.lane import MAX_FRAME_BYTES, MAX_SEGMENTS, Hello, LaneReply, LaneReq
 
 LOG = logging.getLogger(__name__)
 
+_OK = pb.STATUS_OK
+
 
 class LaneDoorbells:
     """All lanes of one coordinator, for whoever wants to wait for replies without a turn of the event loop."""
@@ -82,6 +84,7 @@ class LaneTransport:
         doorbells: LaneDoorbells,
         counters: WireCounters,
     ) -> None:
+        self.incarnation = ""
         self.closed = asyncio.Event()
         self.reason = ""
         self._replica_id = replica_id
@@ -115,8 +118,9 @@ class LaneTransport:
             reply.end(ExpertReply(pb.STATUS_OVERLOADED, f"no room for {num_rows} rows in shared memory"))
             return reply
         self._sequence += 1
+        crc = self._rows.region.checksum(*[one[1:] for one in segments])
         frame = LaneRequest(
-            self._sequence, request.layer_id, request.map_epoch, request.deadline_unix_us, first_reply, segments
+            self._sequence, request.layer_id, request.map_epoch, request.deadline_unix_us, first_reply, segments, crc
         ).pack()
         self._pending[self._sequence] = _Pending(reply, first_reply, num_rows, copied)
         self._counters.messages += 1
@@ -156,7 +160,9 @@ class LaneTransport:
         """Where the rows lie in shared memory, and the copy of those that did not; no segments without room."""
         base = self._rows.region.place(request.x_ND)
         if base is not None:
-            return tuple([Segment(one.expert_id, base + one.rows.start, one.num_rows) for one in request.parts]), None
+            return tuple(
+                [Segment(expert, base + rows.start, rows.stop - rows.start) for expert, rows in request.parts]
+            ), None
         if request.x_ND.shape[1:] != (self._replies.width,):
             raise ValueError(
                 f"rows of shape {tuple(request.x_ND.shape)}, this lane's have {self._replies.width} elements"
@@ -208,14 +214,24 @@ class LaneTransport:
         pending = self._pending.pop(answer.sequence, None)
         if pending is None:
             raise CodecError(pb.STATUS_CORRUPT, f"an answer to message {answer.sequence}, which was not sent")
-        output, stop = None, pending.first_row + pending.num_rows
-        if answer.status == pb.STATUS_OK:
-            num_bytes += pending.num_rows * self._row_bytes
-            output = self._replies.tensor[pending.first_row : stop]
-        self._counters.bytes_received += num_bytes
-        self._counters.late_replies += pending.reply.done()
+        _, status, compute_us, queue_us, detail, crc, tokens = answer
+        output = None
+        if status == _OK:
+            first, count = pending.first_row, pending.num_rows
+            num_bytes += count * self._row_bytes
+            if self._replies.checksum((first, count)) == crc:
+                output = self._replies.tensor[first : first + count]
+            else:
+                status, detail = pb.STATUS_CORRUPT, "the answers are damaged: their CRC-32C is another"
+        counters = self._counters
+        counters.bytes_received += num_bytes
+        if output is None or pending.reply.done():
+            late = pending.reply.done()
+            counters.late_replies += late
+            counters.corrupt_replies += status == pb.STATUS_CORRUPT and not late
         try:
-            pending.reply.end(ExpertReply(answer.status, answer.detail, output, answer.compute_us, answer.queue_us))
+            reply = ExpertReply(status, detail, output, compute_us, queue_us, inflight_tokens=tokens)
+            pending.reply.end(reply)
         finally:
             self._give_back(pending.first_row, pending.copied)
 

@@ -1,14 +1,14 @@
 """Sends a token once to a replica that holds several of its experts, and takes back one weighted sum.
 
 Only where rows travel, and only where it saves bytes. The combine adds a token's answers in ascending expert id, so a
-replica may sum those that come first in that order (all of them, where it holds all): the sum then has the bits that
-the coordinator would have got. What travels is `entries`: a merged token's row, or a single row with weight 1. Where
-the sum is made is `actors.expert.merge`.
+replica may sum those that come first in that order (all of them, where it gets all): the sum then has the bits that
+the coordinator would have got. A replica may get all of an expert's rows or some. What travels is `entries`: a merged
+token's row, or a single row with weight 1. Where the sum is made is `actors.expert.merge`.
 
 T tokens, K top-k, N routed rows of the layer, M rows of one message, U its entries, D hidden size.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,9 @@ class MergedRows:
                 out_ND[torch.from_numpy(self.slots_TK[tokens, k])] = -0.0  # adding it changes no bit
 
 
-def merge(plan: DispatchPlan, experts: Collection[int], max_entries: int) -> list[MergedRows]:
-    """Messages for a replica that holds `experts`; none where merging saves nothing."""
-    routing = _Routing.of(plan, experts)
+def merge(plan: DispatchPlan, parts: Sequence[ExpertRows], max_entries: int) -> list[MergedRows]:
+    """Messages with all rows of `parts`, in ascending order, for one replica; none where merging saves nothing."""
+    routing = _Routing.of(plan, parts)
     held = int(routing.held_TK.sum())
     saved = held - int(routing.entries_T.sum())
     row_bytes = plan.x_TD.shape[1] * plan.x_TD.dtype.itemsize
@@ -60,23 +60,25 @@ def merge(plan: DispatchPlan, experts: Collection[int], max_entries: int) -> lis
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Routing:
-    """A plan as arrays: which slots are held, and how many of a token's first ones (its prefix)."""
+    """A plan as arrays: which slots go to the replica, and how many of a token's first ones (its prefix)."""
 
     plan: DispatchPlan
-    experts: tuple[int, ...]
+    parts: tuple[ExpertRows, ...]
     slots_TK: Ints
     held_TK: npt.NDArray[np.bool_]
     prefixes_T: Ints
     entries_T: Ints
 
     @classmethod
-    def of(cls, plan: DispatchPlan, experts: Collection[int]) -> "_Routing":
+    def of(cls, plan: DispatchPlan, parts: Sequence[ExpertRows]) -> "_Routing":
         slots_TK = plan.slots_TK.cpu().numpy()
-        expert_N = np.repeat(np.arange(len(plan.counts)), plan.counts)
-        held_TK = np.isin(expert_N[slots_TK], tuple(experts))
+        held_N = np.zeros(plan.num_rows, np.bool_)
+        for part in parts:
+            held_N[part.rows] = True
+        held_TK = held_N[slots_TK]
         prefixes_T = np.cumprod(held_TK, axis=1, dtype=np.int64).sum(axis=1)
         entries_T = held_TK.sum(axis=1) - np.maximum(prefixes_T - 1, 0)
-        return cls(plan, tuple(sorted(experts)), slots_TK, held_TK, prefixes_T, entries_T)
+        return cls(plan, tuple(parts), slots_TK, held_TK, prefixes_T, entries_T)
 
     def message(self, start: int, stop: int) -> MergedRows:
         """The message for tokens start..stop."""
@@ -100,13 +102,11 @@ class _Routing:
         return MergedRows(parts, entries, merged, single_rows, self.slots_TK, self.prefixes_T)
 
     def _parts(self, tokens_N: Ints, start: int, stop: int) -> Iterator[ExpertRows]:
-        ends = np.concatenate([[0], np.cumsum(self.plan.counts)])
-        for expert in self.experts:
-            first = int(ends[expert])
-            mine = tokens_N[first : int(ends[expert + 1])]
-            low, high = (int(at) for at in np.searchsorted(mine, (start, stop)))
+        for part in self.parts:
+            first = part.rows.start
+            low, high = (int(at) for at in np.searchsorted(tokens_N[part.rows], (start, stop)))
             if low < high:
-                yield ExpertRows(expert, slice(first + low, first + high))
+                yield ExpertRows(part.expert_id, slice(first + low, first + high))
 
 
 def _spans(entries_T: Ints, most: int) -> Iterator[tuple[int, int]]:

@@ -5,21 +5,39 @@ reached is `actors.dispatch.replica_pool`'s, asking again `actors.dispatch.exper
 engine's.
 """
 
+import asyncio
 from functools import partial
 
 import torch
 
+from actors.dispatch.cross_check import CrossCheck
 from actors.dispatch.expert_round import ExpertRound
 from actors.dispatch.lane_transport import LaneMemory
-from actors.dispatch.replica_pool import ExpertUnavailable, MapRejected, ReplicaPool
+from actors.dispatch.replica_pool import (
+    ExpertUnavailable,
+    MapRejected,
+    ReplicaPool,
+    ReplicaStanding,
+    RowsRejected,
+)
 from actors.dispatch.round_parts import Patience, RemoteStats
 from actors.dispatch.transport import OpenTransport
 from cluster.expert_map import ExpertMap
 from cluster.ids import ReplicaId
+from cluster.replica_times import ReplicaReport
+from cluster.selector import SelectorPolicy
 from model.dispatch import Answers, DispatchPlan
 from protos.codec import max_rows_for
 
-__all__ = ["ExpertUnavailable", "MapRejected", "Patience", "RemoteExperts", "RemoteStats"]
+__all__ = [
+    "ExpertUnavailable",
+    "MapRejected",
+    "Patience",
+    "RemoteExperts",
+    "RemoteStats",
+    "ReplicaStanding",
+    "RowsRejected",
+]
 
 MESSAGE_BYTES = 1 << 20
 """Rows that travel are cut into messages of so many bytes: one is computed while the next is under way."""
@@ -28,7 +46,8 @@ MESSAGE_BYTES = 1 << 20
 class RemoteExperts:
     """Call everything from one event loop, the constructor too. `max_message_rows` is the most rows of a message.
 
-    `lanes` is the memory shared with replicas on this machine; without it rows only travel.
+    `lanes` is the memory shared with replicas on this machine; without it rows only travel. `selector` is how replicas
+    are chosen, `seat` this coordinator's number among those that choose.
     """
 
     def __init__(
@@ -37,22 +56,44 @@ class RemoteExperts:
         patience: Patience | None = None,
         max_message_rows: int | None = None,
         lanes: LaneMemory | None = None,
+        selector: SelectorPolicy | None = None,
+        seat: int = 0,
     ) -> None:
         self.stats = RemoteStats()
         self._patience = patience or Patience()
         self._max_message_rows = max_message_rows
         self._lanes = lanes
         self._doorbells = None if lanes is None else lanes.doorbells
-        self._pool = ReplicaPool(open_transport, self.stats.wire, self._patience.deadline_s)
+        self._pool = ReplicaPool(
+            open_transport, self.stats.wire, self._patience.deadline_s, self._patience.health, selector, seat
+        )
+        self._cross_check = CrossCheck(self.stats)
 
     @property
     def expert_map(self) -> ExpertMap | None:
         """The map in force."""
         return self._pool.expert_map
 
+    @property
+    def alarms(self) -> int:
+        """Rises when answers of before may have been wrong, or would be others now.
+
+        Two differed, or a replica was quarantined, or was lost: perhaps because it had caught itself. Or an expert is
+        computed in another numerics domain.
+        """
+        return self.stats.mismatches + self.stats.wire.lost + self._pool.alarms
+
     def lanes(self) -> dict[ReplicaId, str]:
         """How each replica of the map is connected: `shm`, `grpc`, or empty while it is not."""
         return self._pool.lanes()
+
+    def standings(self) -> list[ReplicaStanding]:
+        """How each replica of the map stands: healthy, ejected, probing, quarantined or away."""
+        return self._pool.standings()
+
+    def times(self) -> list[ReplicaReport]:
+        """What is known of the speed of each replica of the map, by id."""
+        return self._pool.times.reports(asyncio.get_running_loop().time())
 
     def apply_map(self, new: ExpertMap) -> None:
         """Switches maps at once: opens connections to new replicas, closes old ones when they have answered.
@@ -69,8 +110,15 @@ class RemoteExperts:
         """
         await self._pool.wait_ready(timeout_s, all_replicas=all_replicas)
 
-    def start(self, layer: int, plan: DispatchPlan) -> ExpertRound:
+    def lacking(self) -> str | None:
+        """The first expert that nobody can be asked for now, and why; None where all can."""
+        return self._pool.lacking()
+
+    def start(self, layer: int, plan: DispatchPlan, deadline_s: float | None = None) -> ExpertRound:
         """Sends the rows of `plan` to their experts in `layer`; await the round's `result`, or abandon it.
+
+        `deadline_s` is on the event loop's clock: from then on nobody wants the answers, and replicas that have not
+        begun leave it at that.
 
         The result is what LocalExperts gives, or, combined, has its bits; ExpertUnavailable is raised when an expert
         has not answered before the deadline; then nothing is given.
@@ -82,11 +130,13 @@ class RemoteExperts:
                 self._doorbells,
                 self.stats,
                 self._patience,
+                self._cross_check,
                 layer,
                 plan,
                 x_ND,
                 self._max_rows(x_ND),
                 free,
+                deadline_s,
             )
         except BaseException:
             free()

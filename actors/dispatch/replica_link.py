@@ -2,12 +2,13 @@
 
 Waiting for a replica that is away is gRPC's (`wait_for_ready` with a capped back-off) and the replica's own
 (`Attach` answers when it is ready), so nothing is polled here; only a replica that answers with an error is
-asked again after a growing pause. Which replica gets which rows is `actors.dispatch.remote_experts`'s.
+asked again after a growing pause. Which replica gets which rows is `actors.dispatch.replica_pool`'s, how it stands
+`cluster.replica_health`'s.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from actors.dispatch.transport import (
@@ -19,7 +20,10 @@ from actors.dispatch.transport import (
     WireCounters,
 )
 from cluster.expert_map import ReplicaInfo
-from cluster.ids import ReplicaId
+from cluster.replica_health import HealthBook
+from cluster.replica_record import State
+from cluster.replica_times import TimesBook
+from protos import expert_pb2 as pb
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +45,8 @@ def pauses() -> Iterator[float]:
 class ReplicaLink:
     """`on_change` is called when the replica becomes reachable or stops being so.
 
-    `inflight` is shared by all links of a coordinator: rows sent and not answered, by replica.
+    `book` and `times_book`, shared by all links of a coordinator, keep the replica's `record` and `times`, whichever
+    link leads there.
     """
 
     def __init__(
@@ -49,21 +54,25 @@ class ReplicaLink:
         replica: ReplicaInfo,
         open_transport: OpenTransport,
         counters: WireCounters,
-        inflight: MutableMapping[ReplicaId, int],
         on_change: Callable[[], None],
+        book: HealthBook,
+        times_book: TimesBook,
     ) -> None:
         self.replica = replica
-        self.failure = "not connected yet"
-        self.suspect = False
+        self.record = book.record(replica.replica_id)
+        self.times = times_book.of(replica.replica_id)
+        self.unanswered = 0
+        """Messages under way that somebody waits for, or did until another replica was asked."""
+        self._failure = "not connected yet"
+        self._book = book
+        self._times_book = times_book
+        self._clock = asyncio.get_running_loop().time
         self._open_transport = open_transport
         self._counters = counters
-        self._inflight = inflight
         self._on_change = on_change
         self._transport: ExpertTransport | None = None
         self._draining = False
-        self._unanswered = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Event | None = None  # made when somebody waits for it
         self._keeper = asyncio.create_task(self._keep(), name=f"link to {replica.replica_id}")
 
     @property
@@ -72,39 +81,53 @@ class ReplicaLink:
         return "" if self._transport is None else self._transport.lane
 
     @property
+    def connected(self) -> bool:
+        """True while there is a connection."""
+        return self._transport is not None and not self._transport.closed.is_set()
+
+    @property
     def usable(self) -> bool:
-        """True while rows can be sent."""
-        return self._transport is not None and not self._transport.closed.is_set() and not self._draining
+        """True while rows can be sent, and the answers be believed."""
+        transport = self._transport
+        return (
+            transport is not None
+            and not transport.closed.is_set()
+            and not self._draining
+            and self.record.state is not State.QUARANTINED
+        )
+
+    @property
+    def failure(self) -> str:
+        """Why it is not usable, or `connected`."""
+        return f"quarantined: {self.record.detail}" if self.record.quarantined else self._failure
 
     def send(self, request: ExpertRequest) -> PendingReply:
         """Sends rows; see ExpertTransport.forward. Only while `usable`."""
         if self._transport is None:
-            raise TransportError(self.failure)
-        rows = request.num_rows
-        replica_id = self.replica.replica_id
-        self._inflight[replica_id] = self._inflight.get(replica_id, 0) + rows
-        self._unanswered += 1
-        self._idle.clear()
+            raise TransportError(self._failure)
+        calls, rows, times = len(request.parts), request.num_rows, self.times
+        times.calls += calls
+        times.tokens += rows
+        self.unanswered += 1
         reply = self._transport.forward(request)
-        reply.when_done(partial(self._answered, rows))
+        reply.when_done(partial(self._answered, calls, rows))
         return reply
-
-    def mark_suspect(self) -> None:
-        """It took too long: others are preferred until it answers anything, or is connected to afresh."""
-        self.suspect = True
 
     def mark_draining(self) -> None:
         """The replica said it takes nothing new: it gets nothing until it is connected to afresh."""
         self._draining = True
-        self.failure = "draining"
+        self._failure = "draining"
         self._on_change()
 
     async def retire(self, timeout_s: float) -> None:
         """Closes when everything in flight is answered, after `timeout_s` in any case."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            if self.unanswered:
+                self._idle = asyncio.Event()
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
         except TimeoutError:
-            LOG.warning("%s: closed with %d messages unanswered", self.replica.replica_id, self._unanswered)
+            LOG.warning("%s: closed with %d messages unanswered", self.replica.replica_id, self.unanswered)
         await self.close()
 
     async def close(self) -> None:
@@ -120,7 +143,7 @@ class ReplicaLink:
             try:
                 await self._use(await self._open_transport(self.replica, self._counters, CONNECT_TIMEOUT_S))
             except TransportError as error:
-                self.failure = str(error)
+                self._failure = str(error)
                 LOG.warning("%s cannot be reached: %s", self.replica.replica_id, error)
                 self._transport = None
                 self._on_change()
@@ -132,20 +155,29 @@ class ReplicaLink:
         self._transport = transport
         try:
             self._draining = False
-            self.suspect = False
-            self.failure = "connected"
+            self._failure = "connected"
+            if transport.incarnation != self.record.incarnation:
+                self.times.begin_anew(self._times_book.typical())
+            self._book.connected(self.record, transport.incarnation, self._clock())
             LOG.info("%s is connected by %s", self.replica.replica_id, transport.lane)
             self._on_change()
             await transport.closed.wait()
+            self._counters.lost += 1
         finally:
             self._transport = None
             await transport.close()
         raise TransportError(transport.reason)
 
-    def _answered(self, rows: int, reply: PendingReply) -> None:
-        if not reply.cancelled() and not isinstance(reply.outcome(), TransportError):
-            self.suspect = False
-        self._inflight[self.replica.replica_id] -= rows
-        self._unanswered -= 1
-        if self._unanswered == 0:
+    def _answered(self, calls: int, rows: int, reply: PendingReply) -> None:
+        times = self.times
+        times.calls -= calls
+        times.tokens -= rows
+        answer = None if reply.cancelled() else reply.outcome()
+        if answer is not None and not isinstance(answer, TransportError):
+            if self.record.silent_since_s is not None:
+                self._book.spoke(self.record)
+            if answer.status == pb.STATUS_OK:
+                times.answered(calls, rows, answer.compute_us, answer.inflight_tokens, self._clock())
+        self.unanswered -= 1
+        if self._idle is not None and self.unanswered == 0:
             self._idle.set()

@@ -64,7 +64,10 @@ class ExpertRequest(NamedTuple):
     @property
     def num_rows(self) -> int:
         """M."""
-        return sum(part.num_rows for part in self.parts)
+        total: int = 0
+        for _, rows in self.parts:
+            total += rows.stop - rows.start
+        return total
 
     @property
     def x_MD(self) -> torch.Tensor:
@@ -79,7 +82,9 @@ class ExpertReply(NamedTuple):
     """`output` is there exactly when `status` is OK: the answers (M, D) part by part, or the sums (U, D) of the
     entries, in the request's dtype.
 
-    It may be a view of memory that is used again: copy it in the callback that hears of the reply.
+    It may be a view of memory that is used again: copy it in the callback that hears of the reply. `malformed` says
+    that the answer came whole and has another shape than the rows: not the wire's fault but the replica's.
+    `inflight_tokens` are everybody's that are at the replica after these rows.
     """
 
     status: pb.Status
@@ -87,6 +92,8 @@ class ExpertReply(NamedTuple):
     output: torch.Tensor | None = None
     compute_us: int = 0
     queue_us: int = 0
+    malformed: bool = False
+    inflight_tokens: int = 0
 
 
 class PendingReply:
@@ -131,13 +138,13 @@ class PendingReply:
 
     def end(self, outcome: ExpertReply | TransportError) -> None:
         """The reply, or why there is none."""
-        if not self.done():
+        if self._outcome is None and not self._cancelled:
             self._outcome = outcome
             self._tell()
 
     def cancel(self) -> None:
         """Nobody waits any more."""
-        if not self.done():
+        if self._outcome is None and not self._cancelled:
             self._cancelled = True
             self._tell()
 
@@ -147,7 +154,8 @@ class PendingReply:
             if self._waiter is None:
                 self._waiter = asyncio.Event()
             try:
-                await asyncio.wait_for(self._waiter.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._waiter.wait()
             except TimeoutError:
                 return self.done()
         return True
@@ -172,6 +180,7 @@ class PendingReply:
 class WireCounters:
     """What all transports of one coordinator did. Bytes are of serialised messages; on the same-node lane, of frames
     and the rows beside them. `lane_messages` are those of that lane, `merged_messages` those that asked for sums.
+    `lost` are connections that ended by themselves.
     """
 
     messages: int = 0
@@ -181,6 +190,7 @@ class WireCounters:
     bytes_received: int = 0
     late_replies: int = 0
     corrupt_replies: int = 0
+    lost: int = 0
 
 
 class ExpertTransport(Protocol):
@@ -197,6 +207,11 @@ class ExpertTransport(Protocol):
     @property
     def lane(self) -> str:
         """`grpc` or `shm`."""
+        ...
+
+    @property
+    def incarnation(self) -> str:
+        """Names the process at the other end: another one after a restart, also at the same address."""
         ...
 
     def forward(self, request: ExpertRequest) -> PendingReply:
