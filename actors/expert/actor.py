@@ -1,31 +1,30 @@
 """ExpertActor: one process that holds one or more expert columns and serves them over gRPC.
 
 It is a plain class with async methods: Ray makes an actor of it (`actors.ray_runtime`), a test just calls it.
-It loads weights and keeps the life cycle; answering peers is `actors.expert.service`'s, arithmetic
-`model.experts`'s. Its port is bound before the weights are read, so that a peer can wait there and a probe
-can watch.
+It keeps the life cycle; how weights come to it is `actors.expert.growth`'s, answering peers
+`actors.expert.service`'s, arithmetic `model.experts`'s. Its port is bound before the weights are read, so that a peer
+can wait there and a probe can watch.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from actors.channels import GrpcServer, WireCredentials, serve_grpc
+from actors.expert.canary import PASS_S, Canaries
 from actors.expert.compute_thread import ComputeThread
 from actors.expert.desk import Desk
-from actors.expert.lane_server import LaneServer
+from actors.expert.growth import Growth
+from actors.expert.lane_server import TICKET_S, LaneServer
+from actors.expert.model_facts import ModelFacts
 from actors.expert.replica import ExpertReplica, state_name
 from actors.expert.service import SERVICE, ExpertService, LoadError
-from model.experts import Calibrations, ExpertColumn
-from model.kernels import default_kernel
-from model.memory import collapse_into_huge_pages
-from model.storage.checkpoint import Checkpoint, Expert
+from actors.port_limits import EXPERT_PORT
 from protos.expert_pb2 import REPLICA_STATE_FAILED, REPLICA_STATE_READY
 
 LOG = logging.getLogger(__name__)
@@ -39,7 +38,14 @@ class ExpertActor:
     `expert_ids` are the columns it holds, each for layers `first_layer` .. `first_layer + num_layers - 1`;
     `kernel` may be "auto", `device` is what torch calls it. `port` 0 takes a free one. `max_queue_tokens`
     bounds the rows that wait and are computed. `min_map_epoch` refuses senders whose map is older. Without `lane`
-    rows come by gRPC only.
+    rows come by gRPC only; an offer of one is good for `lane_ticket_s`. `checksums` are CRC-32Cs by canonical name, to
+    which what is read is held.
+    `canary_pass_s` is how long the canaries of all layers may take (see `actors.expert.canary`).
+
+    `sources` are addresses of replicas that are asked for the weights before the disk is; with `model_facts` (see
+    `actors.expert.model_facts`) they will do where there is no checkpoint. `load_bytes_per_s` bounds how fast
+    weights are loaded, from wherever. A `gentle` one is added to a cluster that serves, and loads behind those that do;
+    one that is missed does not.
     """
 
     def __init__(
@@ -59,32 +65,50 @@ class ExpertActor:
         tls_cert: str | None = None,
         tls_key: str | None = None,
         tls_ca: str | None = None,
+        tls_server_name: str | None = None,
         threads: int = 1,
         max_queue_tokens: int = 16_384,
         min_map_epoch: int = 0,
         lane: bool = True,
+        lane_ticket_s: float = TICKET_S,
+        checksums: Mapping[str, int] | None = None,
+        canary_pass_s: float = PASS_S,
+        sources: Sequence[str] = (),
+        load_bytes_per_s: int | None = None,
+        model_facts: Mapping[str, Any] | None = None,
+        gentle: bool = False,
     ) -> None:
         _check(replica_id, expert_ids, first_layer, num_layers, max_queue_tokens)
         layers = range(first_layer, first_layer + num_layers)
         self._replica = ExpertReplica(replica_id, tuple(expert_ids), layers, node_id=node_id)
         self._model = model
-        self._kernel = kernel
-        self._device = torch.device(device)
         self._threads = threads
         self._bind = (bind_host, port)
-        self._credentials = WireCredentials(auth_token, tls_cert, tls_key, tls_ca)
+        self._credentials = WireCredentials(auth_token, tls_cert, tls_key, tls_ca, tls_server_name)
         self._max_queue_tokens = max_queue_tokens
         self._min_map_epoch = min_map_epoch
         self._compute = ComputeThread(replica_id, threads)
-        self._checkpoint: Checkpoint | None = None
-        self._calibrated: Calibrations = {}
+        canaries = Canaries(self._replica, self._compute, self._quarantine, pass_s=canary_pass_s)
+        self._growth = Growth(
+            self._replica,
+            canaries,
+            kernel=kernel,
+            device=torch.device(device),
+            threads=threads,
+            checksums=checksums or {},
+            facts=None if model_facts is None else ModelFacts.from_plain(model_facts),
+            bytes_per_s=load_bytes_per_s,
+            gentle=gentle,
+        )
+        self._sources = tuple(sources)
         self._lane = lane
+        self._lane_ticket_s = lane_ticket_s
         self._lanes: LaneServer | None = None
         self._service: ExpertService | None = None
         self._server: GrpcServer | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._load_lock = asyncio.Lock()
-        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
 
     async def start(self) -> str:
         """Binds the port, begins to load, and returns `host:port` without waiting for the weights.
@@ -94,9 +118,10 @@ class ExpertActor:
         """
         if self._server is not None:
             return self._server.address
+        self._loop = asyncio.get_running_loop()
         desk = Desk(self._replica, max_queue_tokens=self._max_queue_tokens, min_map_epoch=self._min_map_epoch)
         if self._lane:
-            self._lanes = LaneServer(desk, self._compute)
+            self._lanes = LaneServer(desk, self._compute, ticket_s=self._lane_ticket_s)
         self._service = ExpertService(desk, self._compute, self._load_column, self._lanes)
         host, port = self._bind
         self._server = await serve_grpc(
@@ -106,12 +131,13 @@ class ExpertActor:
             port=port,
             credentials=self._credentials,
             serving=False,
+            limits=EXPERT_PORT,
         )
         self._replica.address = self._server.address
         if self._lanes is not None:
             self._lanes.watch()
         self._compute.start()
-        self._loading = asyncio.create_task(self._load_all(self._server))
+        self._loading = asyncio.create_task(self._live(self._server, self._service))
         return self._server.address
 
     async def wait_settled(self) -> dict[str, Any]:
@@ -120,10 +146,14 @@ class ExpertActor:
         return await self.info()
 
     async def info(self) -> dict[str, Any]:
-        """What InfoReply says, plus counters and loading progress, as plain values under stable names."""
+        """What InfoReply says, plus counters and loading progress, as plain values under stable names.
+
+        `asked_experts` are those that it was started for.
+        """
         about = self._replica.describe()
         facts: dict[str, Any] = {entry.name: getattr(about, entry.name) for entry in about.DESCRIPTOR.fields}
         facts["expert_ids"] = list(about.expert_ids)
+        facts["asked_experts"] = list(self._replica.experts)
         facts["state"] = state_name(about.state)
         progress = asdict(self._replica.progress)
         facts["load_s"] = progress.pop("seconds")
@@ -136,11 +166,16 @@ class ExpertActor:
         await self._server.set_serving(False)
         return await self._service.drain(timeout_s)
 
+    async def ended(self) -> None:
+        """Returns when it is stopped. To whoever waits here, the end of the process is an error at once."""
+        await self._ended.wait()
+
     async def stop(self) -> None:
         """Ends loading, serving and computing. Streams are cut, so peers know at once."""
+        self._ended.set()
         if self._server is None:
             return
-        self._stopping = True
+        await self._growth.stop()
         await self._server.stop(_STOP_GRACE_S if self._replica.inflight_tokens else 0.0)
         await self._compute.stop()
         if self._lanes is not None:
@@ -149,67 +184,56 @@ class ExpertActor:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
 
-    async def _load_all(self, server: GrpcServer) -> None:
-        """Reads every assigned column in the compute thread; the replica settles whatever happens."""
+    async def _live(self, server: GrpcServer, service: ExpertService) -> None:
+        """Loads, and then watches over what it loaded."""
+        await self._load_all(server, service)
+        if self._replica.state == REPLICA_STATE_READY:
+            self._growth.watch()
+        if self._growth.watching is not None:
+            await self._growth.watching
+        if self._replica.state == REPLICA_STATE_FAILED:
+            await server.set_serving(False)
+
+    def _quarantine(self) -> None:
+        """In the compute thread: the replica has failed, and everybody who waits for it hears of it."""
+        if self._lanes is not None:
+            self._lanes.end_all(self._replica.detail)
+        if self._loop is not None and self._service is not None:
+            self._loop.call_soon_threadsafe(self._service.break_off, self._replica.detail)
+
+    async def _load_all(self, server: GrpcServer, service: ExpertService) -> None:
+        """The replica settles whatever happens."""
         started_s = time.monotonic()
+        replica = self._replica
         try:
-            self._checkpoint = await asyncio.to_thread(Checkpoint.open, Path(self._model))
-            self._check_assignment(self._checkpoint)
-            self._replica.hidden_size = self._checkpoint.config.hidden_size
-            self._replica.progress.bytes_total = sum(
-                _column_bytes(self._checkpoint, expert, self._replica.layers) for expert in self._replica.experts
-            )
-            for expert in self._replica.experts:
-                load = self._loader(self._checkpoint, expert, self._replica.layers)
-                self._replica.add(expert, await self._compute.call(load))
-            if self._device.type == "cpu":
-                LOG.info("%d MiB in huge pages", await self._compute.call(collapse_into_huge_pages) >> 20)
+            service.giver.checkpoint = await self._growth.open(self._model, self._sources, self._credentials)
+            await self._growth.load(replica.experts, replica.layers)
+            await self._growth.part_with_peers()
+            await self._growth.tidy()
         except Exception as error:  # whatever it is: who waits for this replica must be told
-            LOG.exception("%s cannot load", self._replica.replica_id)
-            self._replica.settle(REPLICA_STATE_FAILED, f"{type(error).__name__}: {error}")
+            LOG.exception("%s cannot load", replica.replica_id)
+            replica.settle(REPLICA_STATE_FAILED, f"{type(error).__name__}: {error}")
             return
-        self._replica.progress.seconds = time.monotonic() - started_s
-        self._replica.settle(REPLICA_STATE_READY)
-        await server.set_serving(self._replica.state == REPLICA_STATE_READY)
+        finally:
+            await self._growth.part_with_peers()
+        progress = replica.progress
+        progress.seconds = time.monotonic() - started_s
+        replica.settle(REPLICA_STATE_READY)
+        from_peers, from_disk = progress.loaded_from_peer_bytes >> 20, progress.loaded_from_disk_bytes >> 20
+        LOG.info("%s: %d MiB from peers, %d MiB from disk", replica.replica_id, from_peers, from_disk)
+        await server.set_serving(replica.state == REPLICA_STATE_READY)
 
     async def _load_column(self, expert: int, layers: range) -> int:
-        """For LoadColumn: one at a time, in a thread of its own so that serving goes on. Raises LoadError."""
-        checkpoint = self._checkpoint
-        if checkpoint is None:
-            raise LoadError("nothing is loaded yet")
-        _check_range(checkpoint, expert, layers)
-        async with self._load_lock:
-            if self._replica.holds(expert, layers):
-                return 0
-            loader = ComputeThread(f"{self._replica.replica_id}-load", self._threads)
-            loader.start()
-            try:
-                column = await loader.call(self._loader(checkpoint, expert, layers))
-            except Exception as error:
-                LOG.exception("%s cannot load expert %d", self._replica.replica_id, expert)
-                raise LoadError(f"{type(error).__name__}: {error}") from error
-            finally:
-                await loader.stop()
-            self._replica.add(expert, column)
-            return column.weight_bytes
-
-    def _loader(self, checkpoint: Checkpoint, expert: int, layers: range) -> Callable[[], ExpertColumn]:
-        device = self._device
-        kernel = default_kernel(checkpoint.dtype, device) if self._kernel == "auto" else self._kernel
-
-        def note(name: str, _nbytes: int) -> None:
-            if self._stopping:
-                raise LoadError("stopped while loading")
-            self._replica.progress.bytes_loaded += checkpoint.nbytes(name)
-
-        def load() -> ExpertColumn:
-            return ExpertColumn.load(checkpoint, expert, layers, kernel, device, note, self._calibrated)
-
-        return load
-
-    def _check_assignment(self, checkpoint: Checkpoint) -> None:
-        for expert in self._replica.experts:
-            _check_range(checkpoint, expert, self._replica.layers)
+        """For LoadColumn. Raises LoadError."""
+        try:
+            weight_bytes = await self._growth.load([expert], layers)
+            await self._growth.tidy()
+            return weight_bytes
+        except LoadError:
+            raise
+        except Exception as error:
+            LOG.exception("%s cannot load expert %d", self._replica.replica_id, expert)
+            raise LoadError(f"{type(error).__name__}: {error}") from error
 
 
 def _check(
@@ -223,16 +247,3 @@ def _check(
         raise ValueError(f"layers {first_layer} + {num_layers}: expected first_layer >= 0 and num_layers >= 1")
     if max_queue_tokens < 1:
         raise ValueError(f"max_queue_tokens is {max_queue_tokens}, expected at least 1")
-
-
-def _check_range(checkpoint: Checkpoint, expert: int, layers: range) -> None:
-    config = checkpoint.config
-    if not 0 <= expert < config.num_experts:
-        raise LoadError(f"expert {expert} does not exist: the model has {config.num_experts}")
-    if not layers or layers.start < 0 or layers.stop > config.num_layers:
-        raise LoadError(f"layers {layers.start}..{layers.stop - 1} are not within 0..{config.num_layers - 1}")
-
-
-def _column_bytes(checkpoint: Checkpoint, expert: int, layers: range) -> int:
-    prefixes = tuple(f"layers.{layer}." for layer in layers)
-    return sum(checkpoint.nbytes(name) for name in checkpoint.names(Expert(expert)) if name.startswith(prefixes))

@@ -25,17 +25,24 @@ LOG = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 Job = Callable[[], None]
 
+LAST = 2**64
+"""An urgency behind every deadline: when nothing else is queued."""
+
 _FIRST = -1  # before every deadline
 
 
 class ComputeThread:
-    """Runs jobs by urgency, then in order of arrival. `failures` counts jobs and watchers that raised."""
+    """Runs jobs by urgency, then in order of arrival. `failures` counts jobs and watchers that raised.
 
-    def __init__(self, name: str, num_threads: int) -> None:
+    `on_start` runs in the thread first: it may set how the system schedules it, for good.
+    """
+
+    def __init__(self, name: str, num_threads: int, on_start: Callable[[], None] | None = None) -> None:
         if num_threads < 1:
             raise ValueError(f"threads is {num_threads}, expected at least 1")
         self.num_threads = num_threads
         self.failures = 0
+        self._on_start = on_start or _yield_to_senders
         self._arrivals = count()
         self._jobs: list[tuple[int, int, Job | None]] = []
         self._lock = threading.Lock()
@@ -58,7 +65,7 @@ class ComputeThread:
         if self._ended:
             return
         self._put(urgency, job)
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread.ident:
             self._ring()
 
     def watch(self, fd: int, on_readable: Job) -> None:
@@ -111,8 +118,8 @@ class ComputeThread:
         os.eventfd_write(self._wake, 1)
 
     def _work(self) -> None:
+        self._on_start()  # before the pool of OpenMP threads is made, which inherits it
         torch.set_num_threads(self.num_threads)
-        _yield_to_senders()
         with torch.inference_mode():
             while (job := self._next()) is not None:
                 self._guarded(job)

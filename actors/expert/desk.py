@@ -10,7 +10,7 @@ M rows of one message, D hidden size.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ from actors.expert.replica import Column, ExpertReplica, state_name
 from protos import expert_pb2 as pb
 
 LOG = logging.getLogger(__name__)
+
+
+_READY, _FAILED, _OK = pb.REPLICA_STATE_READY, pb.REPLICA_STATE_FAILED, pb.STATUS_OK
 
 
 class Refused(Exception):
@@ -29,24 +32,21 @@ class Refused(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """Rows that may be computed: `num_rows[i]` of them, one behind another, through `columns[i]` in `layer`."""
+class Admitted(NamedTuple):
+    """Rows that may be computed: `num_rows[i]` of them, one behind another, through `columns[i]` in `layer`.
+
+    `total` is M.
+    """
 
     layer: int
     columns: tuple[Column, ...]
     num_rows: tuple[int, ...]
+    total: int
     deadline_unix_us: int
     arrived_s: float
 
-    @property
-    def total(self) -> int:
-        """M."""
-        return sum(self.num_rows)
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Status OK: the answers have been given to the sink. Times in microseconds."""
 
     status: pb.Status
@@ -85,43 +85,47 @@ class Desk:
         replica = self.replica
         if deadline_unix_us == 0 or not experts:
             raise Refused(pb.STATUS_INVALID, "sequence, experts and deadline_unix_us must not be 0")
-        if replica.state == pb.REPLICA_STATE_DRAINING:
-            raise Refused(pb.STATUS_DRAINING, "this replica is draining")
-        if replica.state != pb.REPLICA_STATE_READY:
-            raise Refused(pb.STATUS_NOT_HELD, f"this replica is {state_name(replica.state)}")
+        if replica.state != _READY and (replica.state == pb.REPLICA_STATE_DRAINING or not replica.serves_while_loading):
+            raise self._not_ready()
         if map_epoch < self._min_map_epoch:
             raise Refused(pb.STATUS_STALE_EPOCH, f"map_epoch {map_epoch} is older than {self._min_map_epoch}")
         columns = tuple([self._column(layer, expert) for expert in experts])
         self._check_deadline(deadline_unix_us)
-        admitted = Admitted(layer, columns, tuple(num_rows), deadline_unix_us, arrived_s)
-        if not 1 <= admitted.total <= self.max_queue_tokens or len(num_rows) != len(experts):
-            raise Refused(pb.STATUS_INVALID, f"{admitted.total} rows, expected 1 to {self.max_queue_tokens}")
-        room = replica.take(admitted.total, self.max_queue_tokens)
+        total = sum(num_rows)
+        if not 1 <= total <= self.max_queue_tokens or len(num_rows) != len(experts):
+            raise Refused(pb.STATUS_INVALID, f"{total} rows, expected 1 to {self.max_queue_tokens}")
+        room = replica.take(total, self.max_queue_tokens)
         if room is not None:
-            raise Refused(pb.STATUS_OVERLOADED, f"{admitted.total} rows, room for {room}")
-        replica.map_epoch = max(replica.map_epoch, map_epoch)
-        return admitted
+            raise Refused(pb.STATUS_OVERLOADED, f"{total} rows, room for {room}")
+        if map_epoch > replica.map_epoch:
+            replica.map_epoch = map_epoch
+        return Admitted(layer, columns, tuple(num_rows), total, deadline_unix_us, arrived_s)
 
     def compute(self, work: Admitted, x_MD: torch.Tensor, sink: Callable[[int, torch.Tensor], None]) -> Outcome:
         """Runs the columns; `sink(first row, answers)` is called for each. In the compute thread."""
         started_s = time.monotonic()
         try:
+            if self.replica.state == _FAILED:
+                raise Refused(pb.STATUS_NOT_HELD, f"this replica has failed: {self.replica.detail}")
             self._check_deadline(work.deadline_unix_us)
-            at = 0
-            for column, count in zip(work.columns, work.num_rows, strict=True):
-                sink(at, column.forward(work.layer, x_MD[at : at + count]))
-                at += count
+            if len(work.columns) == 1:  # the usual case: the rows as they are
+                sink(0, work.columns[0].forward(work.layer, x_MD))
+            else:
+                at = 0
+                for column, count in zip(work.columns, work.num_rows, strict=True):
+                    sink(at, column.forward(work.layer, x_MD[at : at + count]))
+                    at += count
         except Refused as error:
             return Outcome(error.status, error.detail)
         except Exception as error:  # rows that a kernel chokes on must not take the others' replica down
             LOG.exception("layer %d failed", work.layer)
             return Outcome(pb.STATUS_INTERNAL, f"{type(error).__name__}: {error}")
         queue_us = int((started_s - work.arrived_s) * 1e6)
-        return Outcome(pb.STATUS_OK, "", queue_us, int((time.monotonic() - started_s) * 1e6))
+        return Outcome(_OK, "", queue_us, int((time.monotonic() - started_s) * 1e6))
 
     def finish(self, work: Admitted, outcome: Outcome | None) -> None:
         """Counts what was computed, and gives its room back; None for work that nobody waits for any more."""
-        computed = outcome is not None and outcome.status == pb.STATUS_OK
+        computed = outcome is not None and outcome.status == _OK
         self.replica.give_back(
             work.total,
             tokens=work.total if computed else 0,
@@ -129,6 +133,11 @@ class Desk:
             compute_us=0 if outcome is None else outcome.compute_us,
             errors=int(outcome is not None and not computed),
         )
+
+    def _not_ready(self) -> Refused:
+        if self.replica.state == pb.REPLICA_STATE_DRAINING:
+            return Refused(pb.STATUS_DRAINING, "this replica is draining")
+        return Refused(pb.STATUS_NOT_HELD, f"this replica is {state_name(self.replica.state)}")
 
     def _column(self, layer: int, expert: int) -> Column:
         column = self.replica.find(layer, expert)

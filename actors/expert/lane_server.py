@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 from actors.expert.compute_thread import ComputeThread
-from actors.expert.desk import Admitted, Desk, Refused
+from actors.expert.desk import Admitted, Desk, Outcome, Refused
 from actors.machine import machine_id, same_user
 from actors.shared_rows import SharedRows, supported
 from protos import expert_pb2 as pb
@@ -48,10 +48,18 @@ class Offer:
 class LaneServer:
     """Lanes into one replica. `watch` begins to listen, once the compute thread may be used."""
 
-    def __init__(self, desk: Desk, compute: ComputeThread, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        compute: ComputeThread,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        ticket_s: float = TICKET_S,
+    ) -> None:
         self._desk = desk
         self._compute = compute
         self._clock = clock
+        self._ticket_s = ticket_s
         self._tickets: dict[bytes, float] = {}
         self._lanes: set[_Lane] = set()
         self._endpoint = f"octavo-{os.getpid()}-{secrets.token_hex(8)}"
@@ -89,7 +97,7 @@ class LaneServer:
         if len(self._tickets) >= MAX_TICKETS:
             return None
         ticket = secrets.token_bytes(TICKET_BYTES)
-        self._tickets[ticket] = now_s + TICKET_S
+        self._tickets[ticket] = now_s + self._ticket_s
         return Offer(self._endpoint, ticket)
 
     def close(self) -> None:
@@ -97,8 +105,12 @@ class LaneServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        self.end_all("closed here")
+
+    def end_all(self, reason: str) -> None:
+        """Ends every lane: who waits for answers hears of it at once."""
         for lane in list(self._lanes):
-            lane.end("closed here")
+            lane.end(reason)
 
     def _accept(self) -> None:
         if self._listener is None:
@@ -209,10 +221,11 @@ class _Lane:
         try:
             request = LaneRequest.unpack(frame, num_rows=rows.num_rows, num_replies=replies.num_rows)
             sequence = request.sequence
+            experts, _, counts = zip(*request.segments, strict=True)
             admitted = self._desk.admit(
                 request.layer_id,
-                [segment.expert_id for segment in request.segments],
-                [segment.num_rows for segment in request.segments],
+                experts,
+                counts,
                 map_epoch=request.map_epoch,
                 deadline_unix_us=request.deadline_unix_us,
             )
@@ -222,27 +235,32 @@ class _Lane:
             if sequence == 0:
                 return self.end(error.detail)
             return self._say(LaneReply(sequence, error.status, detail=error.detail))
-        work = partial(self._run, request, admitted, rows.tensor, replies.tensor)
+        work = partial(self._run, request, admitted, rows, replies)
         self._compute.submit(work, request.deadline_unix_us)
         return None
 
-    def _run(self, request: LaneRequest, admitted: Admitted, rows_RD: torch.Tensor, replies_RD: torch.Tensor) -> None:
+    def _run(self, request: LaneRequest, admitted: Admitted, rows: SharedRows, replies: SharedRows) -> None:
         if self._gone:
             self._desk.finish(admitted, None)
             return
-        segments = request.segments
-        if len(segments) == 1:
-            x_MD = rows_RD[segments[0].first_row : segments[0].first_row + segments[0].num_rows]
-        else:
-            x_MD = _adjacent(request, rows_RD)
-        first = request.reply_row
-
-        def keep(at: int, y_MD: torch.Tensor) -> None:
-            replies_RD[first + at : first + at + len(y_MD)] = y_MD
-
-        outcome = self._desk.compute(admitted, x_MD, keep)
+        outcome, crc = self._compute_rows(request, admitted, rows, replies)
         self._desk.finish(admitted, outcome)
-        self._say(LaneReply(request.sequence, outcome.status, outcome.compute_us, outcome.queue_us, outcome.detail))
+        status, detail = outcome.status, outcome.detail
+        tokens = self._desk.replica.inflight_tokens
+        self._say(LaneReply(request.sequence, status, outcome.compute_us, outcome.queue_us, detail, crc, tokens))
+
+    def _compute_rows(
+        self, request: LaneRequest, admitted: Admitted, rows: SharedRows, replies: SharedRows
+    ) -> tuple[Outcome, int]:
+        """What became of the rows, and the checksum of the answers, which are in their place if all is well."""
+        places = [segment[1:] for segment in request.segments]
+        if rows.checksum(*places) != request.rows_crc:
+            # Damaged, or long given up: this process was frozen, and their place was used again.
+            return Outcome(pb.STATUS_CORRUPT, "the rows are not those that were sent: their CRC-32C is another"), 0
+        x_MD = _adjacent(request, rows.tensor) if len(places) > 1 else rows.slice(*places[0])
+        outcome = self._desk.compute(admitted, x_MD, partial(replies.put, request.reply_row))
+        done = outcome.status == pb.STATUS_OK
+        return outcome, replies.checksum((request.reply_row, admitted.total)) if done else 0
 
     def _say(self, reply: LaneReply) -> None:
         try:

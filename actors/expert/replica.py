@@ -48,6 +48,8 @@ class Column(Protocol):
 
     def forward(self, layer: int, x_MD: torch.Tensor) -> torch.Tensor: ...
 
+    def canary(self, layer: int) -> bytes: ...
+
 
 @dataclass(slots=True)
 class ReplicaCounters:
@@ -59,20 +61,27 @@ class ReplicaCounters:
     errors_total: int = 0
     compute_us_total: int = 0
     queue_us_total: int = 0
+    canaries_total: int = 0
+    canary_us_total: int = 0
 
 
 @dataclass(slots=True)
 class LoadProgress:
-    """How far loading is, in bytes of the checkpoint; `seconds` is set when it has ended."""
+    """How far loading is, in bytes of the checkpoint, and whence they came; `seconds` is set when it has ended."""
 
     bytes_loaded: int = 0
     bytes_total: int = 0
+    loaded_from_peer_bytes: int = 0
+    loaded_from_disk_bytes: int = 0
     seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class ExpertReplica:
-    """`experts` and `layers` are what it was started for; `settled` is set once loading has ended."""
+    """`experts` and `layers` are what it was started for; `settled` is set once loading has ended.
+
+    `opened` is set once it serves something: while it loads, the layers that it has already.
+    """
 
     replica_id: str
     experts: tuple[int, ...]
@@ -87,16 +96,29 @@ class ExpertReplica:
     counters: ReplicaCounters = field(default_factory=ReplicaCounters)
     progress: LoadProgress = field(default_factory=LoadProgress)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
-    on_idle: Callable[[], None] | None = None
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    on_idle: tuple[Callable[[], None], ...] = ()
     """Called, in any thread, whenever the last token in flight is answered."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _columns: list[Column] = field(default_factory=list)
     _held: dict[tuple[int, int], Column] = field(default_factory=dict)
 
     def add(self, expert: int, column: Column) -> None:
-        """Serves `column` from now on."""
-        self._columns.append(column)
+        """Serves `column` from now on; again, once it has more layers."""
+        if not any(known is column for known in self._columns):
+            self._columns.append(column)
         self._held |= {(layer, expert): column for layer in column.layers}
+
+    @property
+    def ready_layers(self) -> int:
+        """How many leading layers of its range it holds, of all its experts."""
+        whole = (all((layer, expert) in self._held for expert in self.experts) for layer in self.layers)
+        return next((count for count, held in enumerate(whole) if not held), len(self.layers))
+
+    @property
+    def serves_while_loading(self) -> bool:
+        """True when some layers are ready and others still to come."""
+        return self.state == REPLICA_STATE_LOADING and self.opened.is_set()
 
     def find(self, layer: int, expert: int) -> Column | None:
         """The column that holds (layer, expert), or None."""
@@ -133,8 +155,9 @@ class ExpertReplica:
             counters.queue_us_total += queue_us
             counters.compute_us_total += compute_us
             counters.errors_total += errors
-        if idle and self.on_idle is not None:
-            self.on_idle()
+        if idle and self.on_idle:
+            for tell in self.on_idle:
+                tell()
 
     def begin_drain(self) -> None:
         """Takes nothing more in; what is taken in is answered."""
@@ -143,10 +166,19 @@ class ExpertReplica:
                 self.state = REPLICA_STATE_DRAINING
 
     def settle(self, state: ReplicaState, detail: str = "") -> None:
-        """Loading has ended: READY or FAILED. A replica that was told to drain meanwhile stays DRAINING."""
-        if self.state != REPLICA_STATE_DRAINING or state == REPLICA_STATE_FAILED:
-            self.state, self.detail = state, detail
+        """Loading has ended: READY or FAILED. Who was told to drain meanwhile stays DRAINING, who has failed FAILED."""
+        with self._lock:
+            if self.state == REPLICA_STATE_LOADING or (
+                state == REPLICA_STATE_FAILED and self.state != REPLICA_STATE_FAILED
+            ):
+                self.state, self.detail = state, detail
+        self.opened.set()
         self.settled.set()
+
+    def fail(self, detail: str) -> None:
+        """It was ready, and must not be trusted any more: takes nothing in, and computes nothing. In any thread."""
+        with self._lock:
+            self.state, self.detail = REPLICA_STATE_FAILED, detail
 
     def describe(self) -> InfoReply:
         """The replica as its peers see it; `expert_ids` are those held in all of `layers`."""
@@ -169,6 +201,7 @@ class ExpertReplica:
             hidden_size=self.hidden_size,
             tokens_total=self.counters.tokens_total,
             detail=self.detail,
+            ready_layers=self.ready_layers,
         )
 
 

@@ -1,7 +1,8 @@
 """The replies of one Forward call, in the order in which they became ready.
 
-Bounded by not reading: while a peer leaves `MAX_UNREAD_REPLIES` replies unread, `wait_for_room` keeps the
-service from taking more of its messages. What the messages mean is `actors.expert.service`'s.
+Bounded by not reading: while a peer leaves `MAX_UNREAD_REPLIES` replies or `MAX_UNREAD_BYTES` unread, `wait_for_room`
+keeps the service from taking more of its messages; what was taken before then is bounded by the replica's queue. What
+the messages mean is `actors.expert.service`'s.
 """
 
 import asyncio
@@ -10,7 +11,10 @@ from typing import TypeAlias
 
 import grpc
 
+from protos.codec import MAX_MESSAGE_BYTES
+
 MAX_UNREAD_REPLIES = 256
+MAX_UNREAD_BYTES = 2 * MAX_MESSAGE_BYTES
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
@@ -23,6 +27,7 @@ class ReplyStream:
         self.unanswered = 0
         self._half_closed = False
         self._replies: deque[bytes] = deque()
+        self._bytes = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
 
@@ -34,6 +39,7 @@ class ReplyStream:
     def push(self, reply: bytes) -> None:
         """Queues a reply; from the event loop only."""
         self._replies.append(reply)
+        self._bytes += len(reply)
         self._wake.set()
 
     def end(self) -> None:
@@ -43,7 +49,7 @@ class ReplyStream:
 
     async def wait_for_room(self) -> None:
         """Returns when the peer has read enough of its replies."""
-        while len(self._replies) >= MAX_UNREAD_REPLIES:
+        while len(self._replies) >= MAX_UNREAD_REPLIES or self._bytes >= MAX_UNREAD_BYTES:
             self._room.clear()
             await self._room.wait()
 
@@ -51,7 +57,9 @@ class ReplyStream:
         """Writes replies as they come; returns when the peer has ended and everything is answered."""
         while True:
             while self._replies:
-                await context.write(self._replies.popleft())
+                reply = self._replies.popleft()
+                self._bytes -= len(reply)
+                await context.write(reply)
                 self._room.set()
             if self._half_closed and self.unanswered == 0:
                 return

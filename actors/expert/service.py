@@ -18,12 +18,22 @@ import torch
 
 from actors.expert.compute_thread import ComputeThread
 from actors.expert.desk import Admitted, Desk, Outcome, Refused
+from actors.expert.giving import ColumnGiver
 from actors.expert.lane_server import LaneServer
 from actors.expert.merge import Merged, unpack_merge
 from actors.expert.replica import state_name
 from actors.expert.reply_stream import ReplyStream
 from protos import expert_pb2 as pb
-from protos.codec import CodecError, encode_reply, max_rows_for, request_seed, restore, split_request
+from protos.codec import (
+    CodecError,
+    check_undamaged,
+    encode_refusal,
+    encode_reply,
+    max_rows_for,
+    request_seed,
+    restore,
+    split_request,
+)
 from protos.frames import Frame
 
 LOG = logging.getLogger(__name__)
@@ -51,7 +61,10 @@ class _Work:
 
 
 class ExpertService:
-    """Serves one replica over gRPC; `lanes` offers the same-node lane to those who can use it."""
+    """Serves one replica over gRPC; `lanes` offers the same-node lane to those who can use it.
+
+    `giver` answers those who want weights.
+    """
 
     def __init__(
         self, desk: Desk, compute: ComputeThread, load_column: LoadColumn, lanes: LaneServer | None = None
@@ -61,9 +74,12 @@ class ExpertService:
         self._compute = compute
         self._load_column = load_column
         self._lanes = lanes
+        self.giver = ColumnGiver(desk.replica)
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._forwards: set[asyncio.Task[None]] = set()
+        self._broken_off = ""
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the service. Forward's messages come as bytes: one that cannot be parsed must not end its stream."""
@@ -74,6 +90,7 @@ class ExpertService:
             "Info": unary(self._info, pb.InfoRequest.FromString, reply),
             "Attach": unary(self._attach, pb.AttachRequest.FromString, pb.AttachReply.SerializeToString),
             "LoadColumn": unary(self._load, pb.LoadColumnRequest.FromString, pb.LoadColumnReply.SerializeToString),
+            "FetchColumn": grpc.unary_stream_rpc_method_handler(self.giver.give, pb.FetchColumnRequest.FromString),
             "Drain": unary(self._drain, pb.DrainRequest.FromString, pb.DrainReply.SerializeToString),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
@@ -82,20 +99,43 @@ class ExpertService:
         """Takes nothing new, waits for what is in flight, and returns the tokens still unanswered."""
         replica = self._replica
         self._idle.clear()
-        replica.on_idle = self._note_idle
+        if self._note_idle not in replica.on_idle:
+            replica.on_idle += (self._note_idle,)
         replica.begin_drain()
         try:
             if replica.inflight_tokens:
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
         except TimeoutError:
             LOG.warning("%s: %d tokens still in flight", replica.replica_id, replica.inflight_tokens)
         return replica.inflight_tokens
+
+    def break_off(self, reason: str) -> None:
+        """Ends every stream, what is computed for it and not yet sent included, and takes no other."""
+        self._broken_off = reason
+        for forward in self._forwards:
+            forward.cancel()
 
     def _note_idle(self) -> None:
         """In any thread."""
         self._loop.call_soon_threadsafe(self._idle.set)
 
     async def _forward(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "gRPC runs every call in a task"
+        self._forwards.add(task)
+        try:
+            if not self._broken_off:
+                await self._answer(context)
+        except asyncio.CancelledError:
+            if not self._broken_off:
+                raise
+        finally:
+            self._forwards.discard(task)
+        if self._broken_off:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self._broken_off)
+
+    async def _answer(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         stream = ReplyStream()
         writer = asyncio.create_task(stream.write_to(context))
         try:
@@ -128,13 +168,17 @@ class ExpertService:
         request = frame.header
         if request.sequence == 0:
             raise Refused(pb.STATUS_INVALID, "sequence, experts and deadline_unix_us must not be 0")
-        admitted = self._desk.admit(
-            request.layer_id,
-            request.expert_ids,
-            request.expert_rows,
-            map_epoch=request.map_epoch,
-            deadline_unix_us=request.deadline_unix_us,
-        )
+        try:
+            admitted = self._desk.admit(
+                request.layer_id,
+                request.expert_ids,
+                request.expert_rows,
+                map_epoch=request.map_epoch,
+                deadline_unix_us=request.deadline_unix_us,
+            )
+        except Refused:
+            check_undamaged(frame)  # no sender's request is refused for what a flipped bit made of it
+            raise
         try:
             hidden = self._rows(frame)
             merged = unpack_merge(request, len(hidden))
@@ -155,7 +199,7 @@ class ExpertService:
         if not work.stream.gone:
             output = torch.empty_like(work.hidden)
             outcome = self._compute_rows(work, output)
-            reply = _reply(work, outcome, output)
+            reply = _reply(work, outcome, output, max(self._replica.inflight_tokens - work.admitted.total, 0))
         self._loop.call_soon_threadsafe(self._finish, work, outcome, reply)
 
     def _compute_rows(self, work: _Work, output: torch.Tensor) -> Outcome:
@@ -177,9 +221,9 @@ class ExpertService:
         return self._replica.describe()
 
     async def _attach(self, request: pb.AttachRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.AttachReply:
-        """Answers when the replica can serve, so that nobody needs to ask again and again."""
-        await self._replica.settled.wait()
-        if self._replica.state != pb.REPLICA_STATE_READY:
+        """Answers when the replica can serve, if only some layers, so that nobody needs to ask again and again."""
+        await self._replica.opened.wait()
+        if self._replica.state != pb.REPLICA_STATE_READY and not self._replica.serves_while_loading:
             why = f"{self._replica.replica_id} is {state_name(self._replica.state)}: {self._replica.detail}"
             await context.abort(grpc.StatusCode.UNAVAILABLE, why)
         if self._lanes is not None and "shm" in request.lanes:
@@ -203,7 +247,7 @@ class ExpertService:
         return pb.DrainReply(inflight_tokens=await self.drain(request.timeout_ms / 1000))
 
 
-def _reply(work: _Work, outcome: Outcome, output: torch.Tensor) -> bytes:
+def _reply(work: _Work, outcome: Outcome, output: torch.Tensor, inflight_tokens: int) -> bytes:
     if outcome.status != pb.STATUS_OK:
         return _refusal(work.request.sequence, outcome.status, outcome.detail)
     header = pb.ForwardReply(
@@ -211,9 +255,10 @@ def _reply(work: _Work, outcome: Outcome, output: torch.Tensor) -> bytes:
         status=pb.STATUS_OK,
         compute_us=outcome.compute_us,
         queue_us=outcome.queue_us,
+        inflight_tokens=inflight_tokens,
     )
     return encode_reply(header, output, work.request)
 
 
 def _refusal(sequence: int, status: pb.Status, detail: str) -> bytes:
-    return pb.ForwardReply(sequence=sequence, status=status, detail=detail[:_MAX_DETAIL]).SerializeToString()
+    return encode_refusal(pb.ForwardReply(sequence=sequence, status=status, detail=detail[:_MAX_DETAIL]))
