@@ -8,37 +8,49 @@ layer. What is said over the wire is `actors.coordinator.service`'s, the hot loo
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from actors.channels import GrpcServer, WireCredentials, serve_grpc
+from actors.channels import ClientAccess, GrpcServer, WireCredentials, serve_grpc
+from actors.client_tokens import ClientTokens
 from actors.coordinator.engine import Engine
 from actors.coordinator.engine_io import Failure
 from actors.coordinator.forward_driver import ForwardDriver
+from actors.coordinator.grammars import Grammars
 from actors.coordinator.lane_memory import lane_memory
 from actors.coordinator.loading import LoadedModel, load_model, num_threads
-from actors.coordinator.report import CoordinatorReport
-from actors.coordinator.service import SERVICE, ControlHooks, CoordinatorService
+from actors.coordinator.report import CoordinatorReport, add_grammars
+from actors.coordinator.sequence_traces import ExpertTotals, SequenceTraces
+from actors.coordinator.service import GENERATE, SERVICE, ControlHooks, CoordinatorService
 from actors.coordinator.submit_check import SubmitLimits
 from actors.dispatch.attach import Attacher
 from actors.dispatch.remote_experts import ExpertUnavailable, MapRejected, Patience, RemoteExperts
 from actors.map_wire import MapRefused, refused
+from actors.port_limits import COORDINATOR_PORT
+from actors.tracing.opening import open_tracer
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap
 from cluster.load import LoadCounter
 from cluster.microbatching import MicrobatchChooser, MicrobatchPolicy
+from cluster.replica_times import seat_of
 from cluster.scheduler import Scheduler
 from protos.coordinator_pb2 import SnapshotReply
-from protos.expert_pb2 import STATUS_DRAINING, STATUS_INTERNAL, STATUS_INVALID, STATUS_OVERLOADED
+from protos.expert_pb2 import STATUS_DRAINING, STATUS_INVALID, STATUS_OVERLOADED
 
 LOG = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 EXPERT_WAIT_S = 10.0
+OVERDUE_S = 1.0
+"""A step that has taken so long may be waiting for an expert: then it is looked up and said."""
 
 LOADING = Failure(STATUS_OVERLOADED, "the coordinator is still loading")
+CUT_OFF = Failure(STATUS_DRAINING, "the coordinator shuts down, and there was no time left to finish")
 DRAINING = Failure(STATUS_DRAINING, "the coordinator is draining and takes nothing new")
 
 
@@ -46,22 +58,39 @@ class Coordinator:
     """One coordinator of a cluster. Its state is loading, ready, draining or failed; `detail` says why.
 
     `auth_token` is the cluster's bearer token; that of `config` is not looked at. `node_id` is only reported.
+    `checksums` are CRC-32Cs by canonical name, to which the weights it reads are held. Raises ClientTokenError for a
+    file of client tokens that cannot be used.
     """
 
     def __init__(
-        self, *, coordinator_id: str, config: ClusterConfig, auth_token: str, node_id: str = "", port: int = 0
+        self,
+        *,
+        coordinator_id: str,
+        config: ClusterConfig,
+        auth_token: str,
+        node_id: str = "",
+        port: int = 0,
+        checksums: Mapping[str, int] | None = None,
     ) -> None:
         self._config = config
+        self._checksums = checksums
         self._port = port
-        self._credentials = WireCredentials(auth_token, config.tls_cert, config.tls_key, config.tls_ca)
+        self._credentials = WireCredentials(
+            auth_token, config.tls_cert, config.tls_key, config.tls_ca, config.tls_server_name
+        )
+        tokens = config.grpc_client_token_file
+        self._clients = None if tokens is None else ClientTokens.load(tokens)
         self._report = CoordinatorReport(coordinator_id, node_id, config.block_size)
         self._model: LoadedModel | None = None
         self._engine: Engine | None = None
         self._experts: RemoteExperts | None = None
         self._service: CoordinatorService | None = None
         self._server: GrpcServer | None = None
+        self._grammars: Grammars | None = None
         self._has_map = asyncio.Event()
         self._life: asyncio.Task[None] | None = None
+        self._tracer = open_tracer(config, "coordinator", coordinator_id)
+        self._ended = asyncio.Event()
 
     async def start(self) -> str:
         """Binds the gRPC port, begins to load, and returns `host:port`. Raises ChannelError.
@@ -76,11 +105,12 @@ class Coordinator:
             Attacher(self._credentials, lanes, lane_only=self._config.transport == "shm"),
             Patience(deadline_s=self._config.expert_deadline_s),
             lanes=lanes,
+            seat=seat_of(self._report.coordinator_id),
         )
         hooks = ControlHooks(
             apply_map=self._apply_map, map_epoch=self._map_epoch, snapshot=self._snapshot, drain=self.drain
         )
-        service = self._service = CoordinatorService(hooks, LOADING)
+        service = self._service = CoordinatorService(hooks, LOADING, self._clients)
         self._server = await serve_grpc(
             service.register,
             service=SERVICE,
@@ -88,6 +118,8 @@ class Coordinator:
             port=self._port,
             credentials=self._credentials,
             serving=False,
+            clients=None if self._clients is None else ClientAccess(self._clients, frozenset({GENERATE})),
+            limits=COORDINATOR_PORT,
         )
         self._report.address = self._server.address
         self._life = asyncio.create_task(self._live(self._server, service, self._experts))
@@ -97,8 +129,11 @@ class Coordinator:
         """What Snapshot says, and how far loading is, as plain values under stable names."""
         return self._report.info(self._snapshot())
 
-    async def drain(self, timeout_s: float) -> int:
-        """Takes nothing new, waits up to `timeout_s` for what is in flight, returns the tokens that still are."""
+    async def drain(self, timeout_s: float, end_rest: bool = False) -> int:
+        """Takes nothing new, waits up to `timeout_s` for what is in flight, returns the tokens that still are.
+
+        With `end_rest` these are then told that they cannot be finished, rather than left to be cut off.
+        """
         if self._report.state != "failed":
             self._report.turn("draining")
         if self._service is not None:
@@ -108,11 +143,21 @@ class Coordinator:
         if self._engine is None:
             return 0
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._engine.live.wait_for_none(), timeout_s)
-        return self._engine.live.inflight_tokens
+            async with asyncio.timeout(timeout_s):
+                await self._engine.live.wait_for_none()
+        left = self._engine.live.inflight_tokens
+        if end_rest and left:
+            LOG.warning("%d requests were not done within %g s and are ended", len(self._engine.live), timeout_s)
+            self._engine.fail_all(CUT_OFF)
+        return left
+
+    async def ended(self) -> None:
+        """Returns when it is stopped. To whoever waits here, the end of the process is an error at once."""
+        await self._ended.wait()
 
     async def stop(self) -> None:
         """Ends loading, computing and serving; whoever still waits is told so."""
+        self._ended.set()
         if self._life is not None:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
@@ -123,6 +168,10 @@ class Coordinator:
             await self._server.stop(STOP_GRACE_S)
         if self._experts is not None:
             await self._experts.close()
+        if self._grammars is not None:
+            self._grammars.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _live(self, server: GrpcServer, service: CoordinatorService, experts: RemoteExperts) -> None:
         """Loads, waits for the experts, serves. An error ends in the state `failed`, where only reports are given."""
@@ -137,7 +186,7 @@ class Coordinator:
         except Exception as error:  # whatever it is, the supervisor must be able to read it
             LOG.exception("the coordinator failed")
             self._report.turn("failed", f"{type(error).__name__}: {error}")
-            service.close(Failure(STATUS_INTERNAL, "the coordinator failed and waits to be replaced"))
+            service.close(Failure(STATUS_DRAINING, "the coordinator failed and waits to be replaced"))
             await server.set_serving(False)
 
     async def _load(self) -> LoadedModel:
@@ -146,7 +195,7 @@ class Coordinator:
         pool = ThreadPoolExecutor(1, "load")
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(pool, load_model, self._config, self._report.progress)
+            return await loop.run_in_executor(pool, load_model, self._config, self._report.progress, self._checksums)
         finally:
             pool.shutdown(wait=False)  # a stop does not wait for a load
 
@@ -162,11 +211,18 @@ class Coordinator:
 
     def _make_engine(self, model: LoadedModel, experts: RemoteExperts, service: CoordinatorService) -> Engine:
         load = LoadCounter(model.config.num_layers, model.config.num_experts)
+        driver = ForwardDriver(model.backbone, model.kv, experts, load, _microbatches(self._config))
         return Engine(
-            driver=ForwardDriver(model.backbone, model.kv, experts, load, _microbatches(self._config)),
+            driver=driver,
             scheduler=Scheduler(model.scheduler_config, model.kv.num_blocks),
             eos_token_ids=model.eos_token_ids,
             sink=service.deliver,
+            alarms=lambda: experts.alarms,
+            traces=SequenceTraces(
+                self._tracer,
+                model=self._config.served_model_name or Path(self._config.model).resolve().name,
+                totals=partial(_expert_totals, driver, experts),
+            ),
         )
 
     def _open(self, engine: Engine, model: LoadedModel, service: CoordinatorService) -> None:
@@ -174,8 +230,10 @@ class Coordinator:
             vocab_size=model.config.vocab_size,
             max_model_len=engine.scheduler.max_model_len,
             request_timeout_s=self._config.request_timeout_s,
+            routed_experts=self._config.enable_return_routed_experts,
         )
-        service.open(engine, limits)
+        self._grammars = None if model.vocabulary is None else Grammars(model.vocabulary)
+        service.open(engine, limits, self._grammars)
         self._report.turn("ready")
 
     def _apply_map(self, new: ExpertMap) -> None:
@@ -201,7 +259,32 @@ class Coordinator:
 
     def _snapshot(self) -> SnapshotReply:
         stats = None if self._experts is None else self._experts.stats
-        return self._report.snapshot(self._model, self._engine, self._map_epoch(), stats)
+        standings, times = ((), ()) if self._experts is None else (self._experts.standings(), self._experts.times())
+        reply = self._report.snapshot(
+            self._model, self._engine, self._map_epoch(), stats, standings, self._waiting_for(), times
+        )
+        if self._grammars is not None:
+            add_grammars(reply, self._grammars)
+        return reply
+
+    def _waiting_for(self) -> str:
+        """Which expert the steps wait for, and why; empty while all goes well."""
+        if self._engine is None or self._experts is None:
+            return ""
+        if not self._engine.waiting_for and self._engine.step_age_s < OVERDUE_S:
+            return ""
+        return self._experts.lacking() or self._engine.waiting_for
+
+
+def _expert_totals(driver: ForwardDriver, experts: RemoteExperts) -> ExpertTotals:
+    stats = experts.stats
+    return ExpertTotals(
+        messages=stats.calls,
+        retries=stats.retries,
+        wait_s=driver.expert_wait_s,
+        compute_s=stats.compute_us / 1e6,
+        queue_s=stats.queue_us / 1e6,
+    )
 
 
 def _microbatches(config: ClusterConfig) -> MicrobatchChooser:

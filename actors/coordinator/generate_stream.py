@@ -13,26 +13,36 @@ from cluster.ids import SequenceId
 from protos.coordinator_pb2 import GenerateRequest, SequenceOutput
 from protos.outputs import is_last
 
+MAX_REQUESTS = 1 << 16
+"""Of an ingress, which counts its own."""
+
 
 class GenerateStream:
-    """`live` maps the stream's own request ids to the engine's sequences; see `holds` for when an id is in use."""
+    """`live` maps the stream's own request ids to the engine's sequences; see `holds` for when an id is in use.
 
-    def __init__(self) -> None:
+    `preparing` are requests that are not sequences yet.
+
+    `client` is whose stream it is, empty for an ingress of this cluster; it has at most `max_requests` at a time.
+    """
+
+    def __init__(self, client: str = "", max_requests: int = MAX_REQUESTS) -> None:
+        self.client = client
+        self.max_requests = max_requests
         self.live: dict[int, SequenceId] = {}
+        self.preparing: dict[int, asyncio.Task[None]] = {}
         self.outbox = Outbox()
         self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def holds(self, request_id: int) -> bool:
         """True while a request of that id lives, or has something that was not sent yet."""
-        return request_id in self.live or self.outbox.holds(request_id)
+        return request_id in self.live or request_id in self.preparing or self.outbox.holds(request_id)
 
-    def push(self, outputs: list[SequenceOutput]) -> bool:
-        """Adds what a step gave; False when the reader is too slow for this stream to go on."""
-        for output in outputs:
-            if is_last(output):
-                self.live.pop(output.request_id, None)
+    def push(self, output: SequenceOutput) -> bool:
+        """Adds what a step gave a request; False when the reader is too slow for this stream to go on."""
+        if is_last(output):
+            self.live.pop(output.request_id, None)
         try:
-            self.outbox.push(outputs)
+            self.outbox.push((output,))
         except OutboxOverflow as error:
             if not self._broken.done():
                 self._broken.set_result(f"the reader is too slow: {error}")
@@ -69,6 +79,8 @@ class GenerateStream:
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
+            # An error has this frame, and its task the error: they would keep each other.
+            del reader, writer, task, ends
 
     async def _read(
         self,

@@ -7,6 +7,7 @@ model is the engine's business.
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from cluster.budget import BudgetError, choose_kv_bytes, gigabytes, num_kv_block
 from cluster.config import ClusterConfig
 from cluster.scheduler import SchedulerConfig
 from model.config import ModelConfig
+from model.grammar.spec import GrammarError
+from model.grammar.vocabulary import Vocabulary
 from model.kernels import default_kernel
 from model.kv_cache import KVCache, block_bytes, default_kv_dtype
 from model.storage.checkpoint import COORDINATOR, Checkpoint
@@ -38,7 +41,9 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """What an engine is made of. `kernel` is what was asked of the registry."""
+    """What an engine is made of. `kernel` is what was asked of the registry. Without a `vocabulary` no answer can
+    follow a grammar.
+    """
 
     config: ModelConfig
     weights_id: str
@@ -46,17 +51,20 @@ class LoadedModel:
     backbone: Backbone
     kv: KVCache
     eos_token_ids: frozenset[int]
+    vocabulary: Vocabulary | None
     scheduler_config: SchedulerConfig
 
 
-def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
-    """Loads everything that the coordinator owns. Blocks; call it in a thread.
+def load_model(
+    config: ClusterConfig, progress: LoadProgress, checksums: Mapping[str, int] | None = None
+) -> LoadedModel:
+    """Loads everything that the coordinator owns, held to `checksums`. Blocks; call it in a thread.
 
     Raises ModelConfigError, CheckpointError, ConfigError, BudgetError, KernelError or OSError.
     """
     began_s = time.monotonic()
     torch.set_num_threads(num_threads(config))
-    checkpoint = Checkpoint.open(Path(config.model))
+    checkpoint = Checkpoint.open(Path(config.model)).expecting(checksums or {})
     model = checkpoint.config
     config.check_model(model.num_experts, model.max_context)
     progress.total_bytes = checkpoint.owned_bytes(COORDINATOR)
@@ -69,6 +77,8 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
     kernel = default_kernel(checkpoint.dtype, device) if config.kernel == "auto" else config.kernel
     backbone = Backbone.load(checkpoint, kernel, device, note)
     kv = make_kv_cache(config, model, device)
+    eos = eos_token_ids(model, Path(config.model))
+    vocabulary = vocabulary_of(Path(config.model), model, eos)
     progress.load_s = time.monotonic() - began_s
     return LoadedModel(
         config=model,
@@ -76,7 +86,8 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
         kernel=kernel,
         backbone=backbone,
         kv=kv,
-        eos_token_ids=eos_token_ids(model, Path(config.model)),
+        eos_token_ids=eos,
+        vocabulary=vocabulary,
         scheduler_config=SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -84,7 +95,9 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
             max_waiting_requests=config.max_waiting_requests,
             max_waiting_tokens=config.max_waiting_tokens,
             max_model_len=config.context_limit(model.max_context),
+            max_queue_wait_s=config.max_queue_wait_s,
             prompt_lookup=config.prompt_lookup,
+            prefix_caching=config.prefix_caching,
         ),
     )
 
@@ -92,7 +105,7 @@ def load_model(config: ClusterConfig, progress: LoadProgress) -> LoadedModel:
 def make_kv_cache(config: ClusterConfig, model: ModelConfig, device: torch.device) -> KVCache:
     """As many blocks as were asked for or as the device has room for. Raises BudgetError naming what is too little."""
     on_gpu = device.type == "cuda"
-    free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free_bytes = _free_on_gpu(config, device) if on_gpu else psutil.virtual_memory().available
     dtype = default_kv_dtype(device)
     one_block = block_bytes(model, config.block_size, dtype)
     num_blocks = num_kv_blocks(
@@ -119,6 +132,24 @@ def make_kv_cache(config: ClusterConfig, model: ModelConfig, device: torch.devic
     return KVCache(model, num_blocks, config.block_size, dtype, device)
 
 
+def _free_on_gpu(config: ClusterConfig, device: torch.device) -> int:
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return gpu_room(free_bytes, total_bytes, torch.cuda.memory_allocated(device), config.expert_num_gpus)
+
+
+def gpu_room(free_bytes: int, total_bytes: int, held_bytes: int, share: float | None) -> int:
+    """What a coordinator that holds so much may still take of a GPU: of one it shares with experts, its own part.
+
+    The experts may not have loaded yet: what is free now is also theirs.
+
+    >>> gpu_room(70, 80, 5, None), gpu_room(70, 80, 5, 0.25), gpu_room(10, 80, 5, 0.25)
+    (70, 15, 10)
+    """
+    if share is None or not 0 < share < 1:
+        return free_bytes
+    return max(0, min(free_bytes, int(share * total_bytes) - held_bytes))
+
+
 def eos_token_ids(model: ModelConfig, path: Path) -> frozenset[int]:
     """All ids that end a generation: the configuration's, and the tokenizer's where there is one."""
     try:
@@ -126,6 +157,21 @@ def eos_token_ids(model: ModelConfig, path: Path) -> frozenset[int]:
     except TokenizerError as error:
         LOG.info("end-of-sequence ids are the configuration's alone: %s", error)
         return frozenset(model.eos_token_ids)
+
+
+def vocabulary_of(path: Path, model: ModelConfig, eos: frozenset[int]) -> Vocabulary | None:
+    """The model's tokens as grammars see them; None where they are not known, or none of them ends a text.
+
+    Takes about a second for 50,000 tokens, which is why it is not left to the first grammar.
+    """
+    try:
+        tokenizer = load_tokenizer(path)
+        vocabulary = Vocabulary.of(model.vocab_size, tokenizer.token_bytes, tokenizer.is_special, eos)
+    except (TokenizerError, GrammarError) as error:
+        LOG.info("answers cannot follow grammars: %s", error)
+        return None
+    assert vocabulary.ll_tokenizer.vocab_size == model.vocab_size, "the library knows other tokens"
+    return vocabulary
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -7,14 +7,17 @@ very token sampled. So guesses change when a token comes, never which. The sampl
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from actors.coordinator.batch_builder import RowsOf
 from actors.coordinator.engine_io import Failure
+from actors.coordinator.grammar_mask import Followed
 from cluster.ids import SequenceId
+from model.grammar.compiled import GrammarFailed
+from model.sampling.masks import Masked, TokenMask
 from model.sampling.sampler import (
     PositionLogprobs,
     Sampled,
@@ -23,18 +26,29 @@ from model.sampling.sampler import (
     prompt_logprobs,
     sample,
 )
-from protos.expert_pb2 import STATUS_INTERNAL
+from protos.expert_pb2 import STATUS_INTERNAL, STATUS_INVALID
 
 LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one sequence wants its rows read. `None` switches log-probabilities off."""
+    """How one sequence wants its rows read. `None` switches log-probabilities off.
+
+    All of `masks` must be content; `grammar` is what it follows.
+    """
 
     state: SamplerState
     num_logprobs: int | None
     num_prompt_logprobs: int | None
+    masks: tuple[TokenMask, ...] = ()
+    grammar: Followed | None = None
+
+    def observe(self, token: int) -> None:
+        """Account for a token that was put out."""
+        self.state.observe(token)
+        if self.grammar is not None:
+            self.grammar.observe(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,23 @@ class _Turn:
     @property
     def seq_id(self) -> SequenceId:
         return _id(self.row)
+
+    @property
+    def masked(self) -> Masked | None:
+        """The sequence's masks, if it has any, and all its output before this draw."""
+        if not self.choice.masks:
+            return None
+        output_ids = self.row.item.sequence.output_ids
+        came_true = self.row.item.draft_ids[: self.ahead]
+        return Masked(self.choice.masks, [*output_ids, *came_true] if came_true else output_ids)
+
+    def by_grammar(self) -> tuple[Collection[int], Tensor | None]:
+        """Tokens that must not be drawn, and those that may be, where not every other one may. Raises GrammarFailed."""
+        item, grammar = self.row.item, self.choice.grammar
+        forbidden = item.sequence.forbidden_ids(self.ahead)
+        if grammar is None:
+            return forbidden, None
+        return (), grammar.allowed_ids(item.draft_ids[: self.ahead], item.sequence, forbidden)
 
     def following(self, sampled: Sampled) -> "_Turn | None":
         """The draw after this one, where this one's token was guessed."""
@@ -119,27 +150,41 @@ def _draw_all(logits_RV: Tensor, turns: Sequence[_Turn]) -> list[Sampled | Failu
     """All rows in one call; where that raises, one by one, so that only the guilty fail."""
     try:
         drawn = _draw(logits_RV, turns)
+    except GrammarFailed as error:
+        if len(turns) == 1:
+            return [Failure(STATUS_INVALID, f"grammar: {error}")]
+        return [one for turn in turns for one in _draw_all(logits_RV, [turn])]
     except Exception as error:  # noqa: BLE001 - `sample` answers by row: a bug, contained and logged below
         if len(turns) == 1:
             return [_failed("sampling", turns[0].seq_id, error)]
         return [one for turn in turns for one in _draw_all(logits_RV, [turn])]
     return [
-        _failed("sampling", turn.seq_id, one.reason) if isinstance(one, SampleError) else one
+        _refused(turn.seq_id, one) if isinstance(one, SampleError) else one
         for turn, one in zip(turns, drawn, strict=True)
     ]
 
 
 def _draw(logits_RV: Tensor, turns: Sequence[_Turn]) -> list[Sampled | SampleError]:
+    grammars = [turn.by_grammar() for turn in turns]
     return sample(
         logits_RV[[turn.row.sample.start + turn.ahead for turn in turns]],
         [turn.choice.state for turn in turns],
         [turn.choice.num_logprobs for turn in turns],
-        [turn.row.item.sequence.forbidden_ids(turn.ahead) for turn in turns],
+        [forbidden for forbidden, _ in grammars],
+        [allowed for _, allowed in grammars],
+        masked=[turn.masked for turn in turns],
     )
 
 
 def _id(row: RowsOf) -> SequenceId:
     return row.item.sequence.seq_id
+
+
+def _refused(seq_id: SequenceId, error: SampleError) -> Failure:
+    """Who asked for the impossible is told so; it is no failure of ours that another try could mend."""
+    if error.by_request:
+        return Failure(STATUS_INVALID, error.reason)
+    return _failed("sampling", seq_id, error.reason)
 
 
 def _failed(what: str, seq_id: SequenceId, why: Exception | str) -> Failure:
