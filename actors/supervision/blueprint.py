@@ -4,14 +4,17 @@ Pure values: which processes, on which devices, with which arguments, environmen
 supervisor's work; where they go is decided in `cluster.placement`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from actors.expert.model_facts import ModelFacts
 from cluster.budget import ActorNeed, PackedAs, choose_kv_bytes, packed_bytes
-from cluster.config import ClusterConfig, Device
+from cluster.config import OWN_NODE, ClusterConfig, Device
 from cluster.desired import DesiredReplica, desired_replicas
+from cluster.desired_set import DesiredSet, Footprint
 from cluster.ids import CoordinatorId
+from cluster.layout import Grain
 from model.kernels import backbone_kernel, default_kernel
 from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert, Owner
 
@@ -63,6 +66,35 @@ class Blueprint:
             memory_bytes=need.host_bytes,
         )
 
+    def desired(self) -> DesiredSet:
+        """The same as a set that balancing may change."""
+        shape, replicas = self.checkpoint.config, self.replicas()
+        one = self._need("expert", [Expert(0)], self.experts_device)
+        layer_bytes = -(-one.weight_bytes // shape.num_layers)
+        footprint = Footprint(
+            gpu=replicas[0].gpu,
+            base_bytes=one.host_bytes if one.on_gpu else one.host_bytes - one.weight_bytes,
+            host_layer_bytes=0 if one.on_gpu else layer_bytes,
+            layer_bytes=layer_bytes,
+        )
+        return DesiredSet(
+            num_layers=shape.num_layers,
+            num_experts=shape.num_experts,
+            min_copies=self.config.replicas,
+            footprint=footprint,
+            replicas=replicas,
+        )
+
+    def grain(self) -> Grain:
+        """What balancing moves: an expert in each of the configured ranges of layers."""
+        shape = self.checkpoint.config
+        return Grain.even(
+            shape.num_layers,
+            shape.num_experts,
+            num_ranges=self.config.balance_layer_ranges,
+            layer_bytes=self.desired().footprint.layer_bytes,
+        )
+
     def needs(self, available_bytes: int) -> tuple[ActorNeed, ...]:
         """Memory of every actor, for a machine with `available_bytes` of memory. Raises BudgetError."""
         experts = [
@@ -77,8 +109,24 @@ class Blueprint:
         ]
         return (*coordinators, *experts)
 
-    def expert_kwargs(self, replica: DesiredReplica, token: str) -> Mapping[str, Any]:
-        """Arguments of `actors.expert.actor.ExpertActor`."""
+    def bind_host(self, address: str) -> str:
+        """Where a process listens on the node with this address."""
+        return address if self.config.bind_host == OWN_NODE else self.config.bind_host
+
+    def expert_kwargs(
+        self,
+        replica: DesiredReplica,
+        token: str,
+        address: str,
+        *,
+        sources: Sequence[str] = (),
+        load_bytes_per_s: int | None = None,
+        gentle: bool = False,
+    ) -> Mapping[str, Any]:
+        """Arguments of `actors.expert.actor.ExpertActor` on the node with this address.
+
+        `sources` are addresses of replicas to load from first; a `gentle` one lets those that serve go before.
+        """
         return {
             "replica_id": replica.replica_id,
             "expert_ids": list(replica.expert_ids),
@@ -88,15 +136,38 @@ class Blueprint:
             "device": self.experts_device,
             "threads": self.config.expert_threads,
             "lane": self.config.transport != "grpc",
+            "bind_host": self.bind_host(address),
+            "checksums": self._checksums(*(Expert(expert) for expert in replica.expert_ids)),
+            "sources": list(sources),
+            "load_bytes_per_s": load_bytes_per_s,
+            "gentle": gentle,
+            "model_facts": ModelFacts.of(self.checkpoint).plain(),
             **self._common(token),
         }
 
     def coordinator_kwargs(
-        self, coordinator_id: CoordinatorId, node_id: str, token: str, threads: int
+        self, coordinator_id: CoordinatorId, node_id: str, token: str, threads: int, address: str
     ) -> Mapping[str, Any]:
-        """Arguments of `actors.coordinator.actor.Coordinator`."""
-        config = replace(self.config, device=self.device, coordinator_threads=threads, auth_token=None)
-        return {"coordinator_id": coordinator_id, "config": config, "auth_token": token, "node_id": node_id}
+        """Arguments of `actors.coordinator.actor.Coordinator` on the node with this address."""
+        config = replace(
+            self.config,
+            device=self.device,
+            coordinator_threads=threads,
+            auth_token=None,
+            bind_host=self.bind_host(address),
+        )
+        return {
+            "coordinator_id": coordinator_id,
+            "config": config,
+            "auth_token": token,
+            "node_id": node_id,
+            "checksums": self._checksums(COORDINATOR),
+        }
+
+    def _checksums(self, *owners: Owner) -> dict[str, int]:
+        """What the tensors of these owners are held to, on whatever machine they are read."""
+        known = self.checkpoint.checksums
+        return {name: known[name] for owner in owners for name in self.checkpoint.names(owner) if name in known}
 
     def _common(self, token: str) -> dict[str, Any]:
         config = self.config
@@ -104,10 +175,10 @@ class Blueprint:
             "model": config.model,
             "kernel": config.kernel,
             "auth_token": token,
-            "bind_host": config.bind_host,
             "tls_cert": config.tls_cert,
             "tls_key": config.tls_key,
             "tls_ca": config.tls_ca,
+            "tls_server_name": config.tls_server_name,
         }
 
     def _need(self, name: str, owners: list[Owner], device: str, *, kv_bytes: int = 0) -> ActorNeed:

@@ -6,99 +6,57 @@ new supervisor finds what an old one started. Which processes there should be is
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from actors import ray_runtime
-from actors.ray_runtime import ActorLost
+from actors.supervision.member import INFO_TIMEOUT_S, Member, View
 from actors.supervision.runtime import Actor, Runtime
+from cluster.liveness import LivenessPolicy
 
 LOG = logging.getLogger(__name__)
 
-INFO_TIMEOUT_S = 5.0
-MISSES_TO_DEATH = 6
-START_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What was last seen of one process. `info` is its own account, None when it has not answered yet.
-
-    `dead` says why there is no process any more. `node_id` is where it is, or was told to go; None when unknown.
-    """
-
-    process_id: str
-    incarnation: int
-    info: Mapping[str, Any] | None
-    dead: str | None = None
-    node_id: str | None = None
-
-    @property
-    def state(self) -> str:
-        """loading, ready, draining, failed; or starting and dead, which a process cannot say itself."""
-        if self.dead is not None:
-            return "dead"
-        return "starting" if self.info is None else str(self.info["state"])
-
-    @property
-    def detail(self) -> str:
-        """Why it is dead, or what it says of itself."""
-        return self.dead or ("" if self.info is None else str(self.info.get("detail", "")))
-
-
-@dataclass(slots=True)
-class _Member:
-    process_id: str
-    incarnation: int
-    actor: Actor
-    node_id: str | None = None
-    misses: int = 0
-    view: View | None = None
-    starting: asyncio.Task[None] | None = None
-    ended: str | None = None
-    """Why it was killed, if it was: what Ray says of a killed process helps nobody."""
-
-    @property
-    def has_spoken(self) -> bool:
-        """True once its process is up and was heard; before, a polite word would only wait for it."""
-        return self.view is not None and self.view.info is not None
-
-    def end(self, why: str) -> None:
-        """Kills the process, which frees its memory before anybody takes its place."""
-        self.ended = why
-        self.actor.kill()
+OBSERVE_S = 0.5
+"""A look waits so long for answers. Who is slower is still being asked when the next one comes, and holds nobody up."""
 
 
 @dataclass(slots=True)
 class Fleet:
-    """Processes of one kind and namespace; used from the supervisor's event loop only."""
+    """Processes of one kind and namespace; used from the supervisor's event loop only.
+
+    `changed` is set when there is reason to look before the next round: a start has ended, or a process has.
+    """
 
     namespace: str
     prefix: str
     runtime: Runtime = ray_runtime
-    members: dict[str, _Member] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    liveness: LivenessPolicy = field(default_factory=LivenessPolicy)
+    members: dict[str, Member] = field(default_factory=dict)
     stopping: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def adopt(self, process_ids: Iterable[str]) -> None:
-        """Takes over living actors that an earlier supervisor started for these ids; of two, the newer one stays."""
-        wanted = set(process_ids)
-        for name in self.runtime.names(self.namespace):
+    async def adopt(self) -> None:
+        """Takes over living actors that an earlier supervisor started; of two with one id, the newer one stays."""
+        for name in await self.runtime.aside(partial(self.runtime.names, self.namespace)):
             kind, _, rest = name.partition("/")
             process_id, _, incarnation = rest.rpartition("/")
-            if kind != self.prefix or process_id not in wanted or not incarnation.isdigit():
-                continue
-            actor = self.runtime.find(name, self.namespace)
-            known = self.members.get(process_id)
-            if actor is None:
-                continue
-            if known is None or known.incarnation < int(incarnation):
-                self.members[process_id] = _Member(process_id, int(incarnation), actor)
-                actor = None if known is None else known.actor
-            elif known.incarnation == int(incarnation):
-                continue
-            if actor is not None:
-                actor.kill()
+            if kind == self.prefix and process_id and incarnation.isdigit():
+                await self._adopt(name, process_id, int(incarnation))
+
+    async def _adopt(self, name: str, process_id: str, incarnation: int) -> None:
+        known = self.members.get(process_id)
+        if known is not None and known.incarnation == incarnation:
+            return
+        actor = await self.runtime.aside(partial(self.runtime.find, name, self.namespace))
+        if actor is None:
+            return
+        if known is None or known.incarnation < incarnation:
+            self.members[process_id] = self._member(process_id, incarnation, actor=actor)
+            actor = None if known is None else known.actor
+        if actor is not None:
+            actor.kill()
 
     def start(
         self,
@@ -110,15 +68,17 @@ class Fleet:
         env: Mapping[str, str],
         node_id: str | None,
         num_gpus: float,
+        role: str | None = None,
     ) -> None:
-        """Starts a process and its `start()`; how that went shows in `observe`. Raises RuntimeFailure.
+        """Begins to start a process; how that goes shows in `observe`.
 
-        Whatever is left of an earlier incarnation ends first.
+        Whatever is left of an earlier incarnation ends first. `role` is what its node is for, if that was said.
         """
         earlier = self.members.get(process_id)
         if earlier is not None:
-            earlier.actor.kill()
-        actor = self.runtime.spawn(
+            earlier.end("another takes its place")
+        spawn = partial(
+            self.runtime.spawn,
             actor_class,
             name=f"{self.prefix}/{process_id}/{incarnation}",
             namespace=self.namespace,
@@ -126,15 +86,44 @@ class Fleet:
             env=env,
             node_id=node_id,
             num_gpus=num_gpus,
+            role=role,
         )
-        member = _Member(process_id, incarnation, actor, node_id)
-        member.starting = asyncio.create_task(_start(member))
+        member = self._member(process_id, incarnation, node_id=node_id)
+        member.begin(spawn)
         self.members[process_id] = member
 
-    async def observe(self) -> dict[str, View]:
-        """Asks every process how it is, all at once; one that stays silent too often is killed and dead."""
-        await asyncio.gather(*(_look(member) for member in self.members.values()))
-        return {name: member.view for name, member in self.members.items() if member.view is not None}
+    def _member(
+        self, process_id: str, incarnation: int, *, actor: Actor | None = None, node_id: str | None = None
+    ) -> Member:
+        return Member(
+            process_id,
+            incarnation,
+            self.runtime,
+            self.changed,
+            actor=actor,
+            node_id=node_id,
+            liveness=self.liveness,
+        )
+
+    async def observe(self, *, away: Collection[str] = (), lost_nodes: Collection[str] = ()) -> dict[str, View]:
+        """Asks every process how it is, all at once; one that is given up is killed and dead.
+
+        `away` are processes that others have lost, `lost_nodes` nodes that do not answer; see `cluster.liveness`.
+        """
+        looks = []
+        for member in self.members.values():
+            member.away = member.process_id in away
+            member.node_away = member.node_id in lost_nodes
+            looks.append(member.look())
+        if looks:
+            await asyncio.wait(looks, timeout=OBSERVE_S)
+        return {name: member.view for name, member in self.members.items()}
+
+    def forget(self, process_id: str) -> None:
+        """Of a process that is dead and will not be started again, nothing needs to be kept."""
+        member = self.members.get(process_id)
+        if member is not None and member.view.dead is not None:
+            del self.members[process_id]
 
     def stop_later(self, process_id: str, incarnation: int, *, drain_s: float) -> None:
         """`stop`, without waiting for it."""
@@ -143,9 +132,12 @@ class Fleet:
         task.add_done_callback(self.stopping.discard)
 
     async def drain_all(self, *, drain_s: float) -> None:
-        """Tells everybody to take nothing new, and waits up to `drain_s` seconds for what they have."""
+        """Tells everybody to take nothing new, and waits up to `drain_s` seconds for what they have.
+
+        What is not done by then is ended with a word to whoever waits for it: this is the end of the whole cluster.
+        """
         members = [member for member in self.members.values() if member.has_spoken]
-        drains = [one.actor.call("drain", drain_s, timeout_s=drain_s + INFO_TIMEOUT_S) for one in members]
+        drains = [one.tell("drain", drain_s, True, timeout_s=drain_s + INFO_TIMEOUT_S) for one in members]
         _log_failures("drain", members, await asyncio.gather(*drains, return_exceptions=True))
 
     async def stop_all(self) -> None:
@@ -160,65 +152,13 @@ class Fleet:
         if member is None or member.incarnation != incarnation:
             return
         try:
-            if member.has_spoken and drain_s > 0:
-                await member.actor.call("drain", drain_s, timeout_s=drain_s + INFO_TIMEOUT_S)
-            if member.has_spoken:
-                await member.actor.call("stop", timeout_s=INFO_TIMEOUT_S)
-        except (ActorLost, TimeoutError) as error:
-            LOG.info("%s did not stop by itself: %s", process_id, error)
+            await member.stop(drain_s)
         finally:
-            member.end("stopped")
             if self.members.get(process_id) is member:
                 del self.members[process_id]
 
 
-async def _start(member: _Member) -> None:
-    try:
-        await member.actor.call("start", timeout_s=START_TIMEOUT_S)
-    except Exception as error:  # noqa: BLE001 - whatever start raised is why this process is dead
-        if member.ended is None:
-            member.end(f"{type(error).__name__}: {error}")
-
-
-async def _look(member: _Member) -> None:
-    if member.ended is None:
-        try:
-            info = await member.actor.call("info", timeout_s=INFO_TIMEOUT_S)
-            _heard(member, info)
-        except ActorLost as error:
-            _see(member, None, str(error))
-        except TimeoutError:
-            _missed(member)
-    if member.ended is not None:
-        _see(member, None, member.ended)
-
-
-def _heard(member: _Member, info: Mapping[str, Any]) -> None:
-    member.misses = 0
-    member.node_id = str(info["node_id"]) or member.node_id
-    _see(member, info)
-    if info["state"] == "failed":
-        member.end(str(info.get("detail", "")) or "it failed without saying why")
-    elif not info["address"] and member.starting is None:
-        # Adopted from a supervisor that died between making the process and starting it.
-        member.starting = asyncio.create_task(_start(member))
-
-
-def _missed(member: _Member) -> None:
-    """A busy process may be silent for a while, and keeps its last view; one that is starting has not begun."""
-    if member.starting is None or member.starting.done():
-        member.misses += 1
-    if member.misses >= MISSES_TO_DEATH:
-        member.end(f"did not answer for {MISSES_TO_DEATH * INFO_TIMEOUT_S:g} s")
-    elif member.view is None:
-        _see(member, None)
-
-
-def _see(member: _Member, info: Mapping[str, Any] | None, dead: str | None = None) -> None:
-    member.view = View(member.process_id, member.incarnation, info, dead, member.node_id)
-
-
-def _log_failures(what: str, members: Iterable[_Member], results: Iterable[BaseException | None]) -> None:
+def _log_failures(what: str, members: Iterable[Member], results: Iterable[BaseException | None]) -> None:
     for member, result in zip(members, results, strict=True):
         if isinstance(result, BaseException):
             LOG.info("%s did not %s: %s", member.process_id, what, result)

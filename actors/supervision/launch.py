@@ -50,6 +50,7 @@ def read_model(config: ClusterConfig) -> Checkpoint:
         raise ConfigError(f"model is {config.model!r}, but there is no such directory")
     checkpoint = Checkpoint.open(path)
     config.check_model(checkpoint.config.num_experts, checkpoint.config.max_context)
+    config.check_layers(checkpoint.config.num_layers)
     return checkpoint
 
 
@@ -98,4 +99,5 @@ def _ensure_actor(config: ClusterConfig, runtime: Runtime) -> Actor:
         kwargs={"config": replace(config, auth_token=config.auth_token or secrets.token_urlsafe(32))},
         env=process_env(threads=1),
         restarts=True,
+        on_head=True,
     )

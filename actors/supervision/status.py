@@ -12,6 +12,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+SHOWN_EVENTS = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
@@ -28,6 +30,7 @@ class ReplicaStatus:
     state: str = ""
     inflight_tokens: int = 0
     tokens_total: int = 0
+    canaries_total: int = 0
     kernel: str = ""
     weight_bytes: int = 0
     loaded_bytes: int = 0
@@ -58,6 +61,9 @@ class CoordinatorStatus:
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
     preemptions_total: int = 0
+    prefix_queries_tokens_total: int = 0
+    prefix_hits_tokens_total: int = 0
+    kv_blocks_cached: int = 0
     expert_retries_total: int = 0
     detail: str = ""
 
@@ -73,8 +79,37 @@ class LoadStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesStatus:
+    """Copies of one expert: in the map, and wanted."""
+
+    expert_id: int
+    ready: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalanceStatus:
+    """What balancing wants to do, and has done lately, the newest last.
+
+    A move is a dict with `kind` (copy, drop, add_hosts, drain_host, keep_host, remove_host), `what`, `node_id`,
+    `source`, `num_bytes`, `reason`, `at` (seconds since 1970), and `error` where it failed. `mode` is off, dry_run
+    or on.
+    """
+
+    mode: str = "off"
+    policy: str = ""
+    proposed: list[dict[str, Any]] = field(default_factory=list)
+    done: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    moves_total: int = 0
+    moved_bytes_total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The whole cluster. `state` is starting, ready, degraded or draining."""
+    """The whole cluster. `state` is starting, ready, degraded or draining.
+
+    A cluster that serves is degraded exactly while something that should be there is not."""
 
     state: str
     model: str
@@ -86,6 +121,8 @@ class ClusterStatus:
     replicas: list[ReplicaStatus]
     load: LoadStatus
     events: list[str]
+    copies: list[CopiesStatus] = field(default_factory=list)
+    balance: BalanceStatus = field(default_factory=BalanceStatus)
 
     def to_json(self) -> str:
         """The stable JSON text, one object."""
@@ -98,17 +135,37 @@ class ClusterStatus:
             "coordinators": [CoordinatorStatus(**one) for one in value["coordinators"]],
             "replicas": [ReplicaStatus(**one) for one in value["replicas"]],
             "load": LoadStatus(**value["load"]),
+            "copies": [CopiesStatus(**one) for one in value.get("copies", ())],
+            "balance": BalanceStatus(**value.get("balance", {})),
         }
         return cls(**{**value, **parts})
 
 
 def render(status: ClusterStatus) -> RenderableType:
-    """The human form of a status: three tables and a line of summary."""
+    """The human form of a status: a summary, three tables and the last events."""
     summary = (
         f"[bold]{escape(status.model)}[/bold]: {status.state}, map epoch {status.map_epoch}, "
         f"balancedness {status.load.balancedness:.2f}, up {status.uptime_s:.0f} s"
     )
-    return Group(summary, "", _coordinators(status), "", _replicas(status), "", _load(status))
+    lacking = [
+        f"expert {one.expert_id} has {one.ready} of {one.wanted}" for one in status.copies if one.ready < one.wanted
+    ]
+    if lacking:
+        summary += f"\ncopies: {', '.join(lacking)}"
+    events = "\n".join(escape(event) for event in status.events[-SHOWN_EVENTS:])
+    if status.balance.mode != "off":
+        summary += f"\nbalancing: {escape(_balance(status.balance))}"
+    return Group(summary, "", _coordinators(status), "", replica_table(status), "", _load(status), "", events)
+
+
+def _balance(balance: BalanceStatus) -> str:
+    parts = [f"{balance.mode.replace('_', ' ')}, policy {balance.policy}", f"{balance.moves_total} moves"]
+    parts.append(f"{size(balance.moved_bytes_total)} loaded")
+    if balance.proposed:
+        parts.append(f"{len(balance.proposed)} proposed")
+    if balance.failed:
+        parts.append(f"last failure: {balance.failed[-1]['error']}")
+    return ", ".join(parts)
 
 
 def size(num_bytes: int) -> str:
@@ -119,7 +176,7 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 2**10:.3g} KiB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A table that survives 80 columns and copying: no frame, no folded cells."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
@@ -128,8 +185,19 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _coordinators(status: ClusterStatus) -> Table:
-    table = _table(
-        "coordinators", "id", "state", "pid", "node", "address", "epoch", "running", "waiting", "KV free", "kernel"
+    table = plain_table(
+        "coordinators",
+        "id",
+        "state",
+        "pid",
+        "node",
+        "address",
+        "epoch",
+        "running",
+        "waiting",
+        "KV free",
+        "cached",
+        "kernel",
     )
     for one in status.coordinators:
         table.add_row(
@@ -142,13 +210,21 @@ def _coordinators(status: ClusterStatus) -> Table:
             str(one.num_running),
             str(one.num_waiting),
             f"{one.kv_blocks_free}/{one.kv_blocks_total} x {one.kv_block_size}",
+            _hit_share(one),
             one.kernel,
         )
     return table
 
 
-def _replicas(status: ClusterStatus) -> Table:
-    table = _table(
+def _hit_share(one: CoordinatorStatus) -> str:
+    """Of the tokens that requests came with, those that were in the KV cache already."""
+    queries = one.prefix_queries_tokens_total
+    return f"{one.prefix_hits_tokens_total / queries:.0%}" if queries else "-"
+
+
+def replica_table(status: ClusterStatus) -> Table:
+    """Every expert replica, one a line."""
+    table = plain_table(
         "expert replicas",
         *("id", "experts", "layers", "state", "pid", "node", "address", "in flight", "kernel", "weights"),
     )
@@ -170,7 +246,7 @@ def _replicas(status: ClusterStatus) -> Table:
 
 def _load(status: ClusterStatus) -> Table:
     load = status.load
-    table = _table("expert load, tokens over all layers", "expert", *map(str, range(len(load.tokens_per_expert))))
+    table = plain_table("expert load, tokens over all layers", "expert", *map(str, range(len(load.tokens_per_expert))))
     table.add_row("since start", *map(str, load.tokens_per_expert))
     table.add_row("recent window", *map(str, load.window_tokens_per_expert))
     return table

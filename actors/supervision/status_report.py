@@ -8,41 +8,56 @@ from typing import Any
 
 import numpy as np
 
-import actors
+from actors.code_version import code_version
 from actors.supervision.blueprint import Blueprint
-from actors.supervision.fleet import View
-from actors.supervision.status import ClusterStatus, CoordinatorStatus, LoadStatus, ReplicaStatus
+from actors.supervision.keepers import ExpertKeeper
+from actors.supervision.member import View
+from actors.supervision.status import (
+    BalanceStatus,
+    ClusterStatus,
+    CoordinatorStatus,
+    CopiesStatus,
+    LoadStatus,
+    ReplicaStatus,
+)
 from cluster.desired import DesiredReplica
-from cluster.ids import ReplicaId
+from cluster.ids import CoordinatorId, ReplicaId
 from cluster.load import balancedness
-from cluster.reconcile import ReconcileState
 
 
 def report(
     blueprint: Blueprint,
-    state: ReconcileState,
-    experts: Mapping[str, View],
+    experts: ExpertKeeper,
     coordinators: Mapping[str, View],
     failed: Mapping[str, str],
-    unplaced: Mapping[ReplicaId, str],
     *,
+    wanted: Sequence[CoordinatorId],
+    was_ready: bool,
     uptime_s: float,
     draining: bool,
     events: Sequence[str],
+    balance: BalanceStatus | None = None,
 ) -> ClusterStatus:
-    """`failed` names processes that fail again and again, `unplaced` replicas that fit nowhere, and why."""
+    """`failed` names processes that fail again and again, and why; `was_ready` says that all was there once.
+
+    `wanted` are the coordinators that there should be; others are shown while they finish what they have.
+    """
+    state = experts.state
     replica_rows = [
-        _replica(one, experts.get(one.replica_id), failed, unplaced, state.refused) for one in blueprint.replicas()
+        _replica(one, experts.views.get(one.replica_id), failed, experts.unplaced, state.refused)
+        for one in (*experts.wanted, *experts.former.values())
     ]
-    coordinator_rows = [_coordinator(one, coordinators.get(one), failed) for one in blueprint.coordinator_ids]
-    states = {row.state for row in replica_rows} | {row.state for row in coordinator_rows}
+    coordinator_rows = [_coordinator(one, coordinators.get(one), failed) for one in wanted]
+    ending = [name for name, view in coordinators.items() if name not in wanted and view.dead is None and view.info]
+    needed = {one.replica_id for one in experts.wanted if not experts.is_spare(one)}
+    states = {row.state for row in replica_rows if row.replica_id in needed} | {row.state for row in coordinator_rows}
     whole = not state.expert_map.missing()
     current = all(row.map_epoch == state.expert_map.epoch for row in coordinator_rows)
     if draining:
         overall = "draining"
     elif whole and current and states == {"ready"}:
         overall = "ready"
-    elif whole and any(row.state == "ready" for row in coordinator_rows):
+    elif (whole or was_ready) and any(row.state == "ready" for row in coordinator_rows):
         overall = "degraded"
     else:
         overall = "starting"
@@ -52,23 +67,31 @@ def report(
         model=blueprint.config.served_model_name or path.resolve().name,
         model_path=str(path.resolve()),
         map_epoch=state.expert_map.epoch,
-        system_fingerprint=fingerprint(blueprint, experts, coordinators),
+        system_fingerprint=fingerprint(blueprint, experts.views, coordinators),
         uptime_s=round(uptime_s, 1),
-        coordinators=coordinator_rows,
+        coordinators=[*coordinator_rows, *(_coordinator(one, coordinators[one], failed) for one in ending)],
         replicas=replica_rows,
         load=_load(blueprint, coordinators),
         events=list(events),
+        copies=[
+            CopiesStatus(expert_id=int(expert), ready=copies.ready, wanted=copies.wanted)
+            for expert, copies in experts.redundancy.copies.items()
+        ],
+        balance=balance or BalanceStatus(),
     )
 
 
 def fingerprint(blueprint: Blueprint, experts: Mapping[str, View], coordinators: Mapping[str, View]) -> str:
-    """A hash of the weights, the code's version and every numerics domain: equal ones give equal tokens."""
+    """A hash of the weights' checksums, the code and every numerics domain: equal ones give equal tokens.
+
+    A process that still loads has no domain yet, and changes nothing.
+    """
     domains = {
         str(view.info["numerics_domain"])
         for view in (*experts.values(), *coordinators.values())
-        if view.info is not None
+        if view.info is not None and view.info["numerics_domain"]
     }
-    text = "\n".join([blueprint.checkpoint.weights_id, actors.__version__, *sorted(domains)])
+    text = "\n".join([blueprint.checkpoint.content_id, code_version(), *sorted(domains)])
     return f"fp_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
