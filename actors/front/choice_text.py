@@ -11,6 +11,7 @@ from itertools import repeat
 from typing import Literal, Protocol
 
 from actors.front.stop_strings import Match, StopStrings
+from actors.front.tools.parsers import CallParser, CallPiece
 from protos.coordinator_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
@@ -18,7 +19,7 @@ from protos.coordinator_pb2 import (
     SequenceOutput,
 )
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Detokenizer(Protocol):
@@ -57,27 +58,34 @@ class Delta:
     """What a choice gained: new text, the entries of tokens wholly within the text so far, and how it ended.
 
     `token_ids` are all tokens that came, the stop token included; `num_tokens` counts them since the
-    beginning. `stop_reason` is the stop string or stop token that ended the choice, None for end of sequence
-    or length.
+    beginning, and `num_cached_tokens` those of the prompt that were not computed. `stop_reason` is the stop string or
+    stop token that ended the choice, None for end of sequence or length. `calls` are pieces of tool calls, which are no
+    part of `text`.
     """
 
     index: int
     text: str = ""
+    calls: tuple[CallPiece, ...] = ()
     token_ids: tuple[int, ...] = ()
     entries: tuple[TokenEntry, ...] = ()
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    routed_experts: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
 class Answer:
-    """A choice's answer, or a piece of it, grown from deltas."""
+    """A choice's answer, or a piece of it, grown from deltas. `calls` is a piece each, or what a piece adds to each."""
 
     text: str = ""
+    calls: dict[int, CallPiece] = field(default_factory=dict)
     entries: list[TokenEntry] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    routed_experts: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -91,19 +99,36 @@ class Answer:
     def add(self, delta: Delta) -> None:
         """Takes the next delta of the same choice."""
         self.text += delta.text
+        for piece in delta.calls:
+            known = self.calls.get(piece.index, CallPiece(piece.index, None, ""))
+            name = known.name if piece.name is None else piece.name
+            self.calls[piece.index] = CallPiece(piece.index, name, known.arguments + piece.arguments)
         self.entries += delta.entries
         self.token_ids += delta.token_ids
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.routed_experts += delta.routed_experts
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 class ChoiceText:
-    """Turns a choice's outputs into deltas. After a delta with a finish reason nothing may be fed."""
+    """Turns a choice's outputs into deltas. After a delta with a finish reason nothing may be fed.
 
-    def __init__(self, index: int, detokenizer: Detokenizer, rules: TextRules, eos_ids: frozenset[int]) -> None:
+    With `calls` the text is read for tool calls.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        rules: TextRules,
+        eos_ids: frozenset[int],
+        calls: CallParser | None = None,
+    ) -> None:
         self._index = index
         self._detokenizer = detokenizer
         self._rules = rules
         self._eos_ids = eos_ids
+        self._calls = calls
         self._stops = StopStrings(rules.stops)
         self._unwatched = 0  # characters before min_tokens, where no stop string counts
         self._decoded = 0
@@ -134,16 +159,32 @@ class ChoiceText:
         finish, stop_reason = self._end(output, match, stop_token)
         if match is not None and self._rules.include_stop:
             pieces.append(match.stop)
+        text, calls = self._read("".join(pieces), ended=finish is not None)
+        if finish == "stop" and self._calls is not None and self._calls.num_calls:
+            finish = "tool_calls"
         return Delta(
             index=self._index,
-            text="".join(pieces),
+            text=text,
+            calls=calls,
             token_ids=tuple(taken),
             entries=tuple(self._release(finish, match)),
             num_tokens=self._num_tokens,
+            num_cached_tokens=output.num_cached_tokens,
             finish_reason=finish,
             stop_reason=stop_reason,
             prompt_logprobs=tuple(output.prompt_logprobs),
+            routed_experts=tuple(output.routed_experts),
         )
+
+    def _read(self, text: str, *, ended: bool) -> tuple[str, tuple[CallPiece, ...]]:
+        """Content, and pieces of calls."""
+        if self._calls is None:
+            return text, ()
+        written = self._calls.push(text)
+        if not ended:
+            return written.content, written.calls
+        rest = self._calls.finish()
+        return written.content + rest.content, written.calls + rest.calls
 
     def _stop_token(self, output: SequenceOutput) -> int | None:
         ended = output.finish_reason == FINISH_REASON_STOP and output.token_ids

@@ -2,7 +2,7 @@
 
 A lost stream ends every open request with `CoordinatorLost` and is opened again with a capped back-off;
 nothing is resubmitted here, because only the caller knows which tokens its client has seen. Choosing among
-coordinators is `actors.front.coordinator_pool`'s work.
+coordinators, and going on elsewhere, is `actors.front.coordinator_pool`'s work.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import grpc
@@ -21,6 +21,8 @@ from protos.coordinator_pb2 import (
     Cancel,
     GenerateReply,
     GenerateRequest,
+    RoomReply,
+    RoomRequest,
     SequenceOutput,
     SnapshotReply,
     SnapshotRequest,
@@ -34,6 +36,7 @@ LOG = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 10.0
+ROOM_TIMEOUT_S = 1.0
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 MAX_OPEN_REQUESTS = 4096
@@ -54,6 +57,7 @@ class OpenRequest:
         self.message.CopyFrom(submit)
         self.message.request_id = wire_id
         self.caller_id = submit.request_id
+        self._to_generate = submit.max_tokens - len(submit.generated_token_ids)
         self.inflight_tokens = len(submit.prompt_token_ids) + submit.max_tokens
         self.finished = False
         self._unread: SequenceOutput | None = None
@@ -64,7 +68,7 @@ class OpenRequest:
         """Merges `output` into what is unread. Prompt logprobs wait for the first token or the end."""
         self.finished = is_last(output)
         if output.token_ids:
-            self.inflight_tokens = min(self.inflight_tokens, self.message.max_tokens) - len(output.token_ids)
+            self.inflight_tokens = min(self.inflight_tokens, self._to_generate) - len(output.token_ids)
         if self._unread is None:
             self._unread = output
         else:
@@ -109,6 +113,7 @@ class CoordinatorClient:
         self._runner: asyncio.Task[None] | None = None
         self._why_lost = "not connected yet"
         self._closed = False
+        self._on_change: Callable[[], None] = _ignore
 
     @property
     def connected(self) -> bool:
@@ -120,14 +125,23 @@ class CoordinatorClient:
         """Tokens that the coordinator may still have to compute for this client's requests."""
         return sum(request.inflight_tokens for request in self._open.values())
 
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Calls `on_change` whenever the stream has come up or was lost."""
+        self._on_change = on_change
+
+    def open(self) -> None:
+        """Begins to connect, and to connect again after every loss, without waiting for it."""
+        if self._runner is None and not self._closed:
+            self._runner = asyncio.create_task(self._keep_connected())
+
     async def connect(self) -> None:
         """Waits until the stream is up. Raises CoordinatorLost when it is not within the connect timeout."""
         if self._closed:
             raise CoordinatorLost(f"coordinator {self.address}: the client is closed")
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._keep_connected())
+        self.open()
         try:
-            await asyncio.wait_for(self._connected.wait(), self._connect_timeout_s)
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._connected.wait()
         except TimeoutError:
             raise CoordinatorLost(f"coordinator {self.address}: {self._why_lost}") from None
 
@@ -137,7 +151,8 @@ class CoordinatorClient:
         Prompt log-probabilities all come with the first output. A reader that is slow gets several steps'
         tokens in one output. Closing the iterator before the end cancels the request. Raises CoordinatorLost.
         """
-        await self.connect()
+        if not self.connected:
+            await self.connect()
         if len(self._open) >= MAX_OPEN_REQUESTS:
             yield _too_many(submit.request_id)
             return
@@ -155,6 +170,14 @@ class CoordinatorClient:
         """The coordinator's counters. Raises CoordinatorLost."""
         try:
             reply: SnapshotReply = await self._stub().Snapshot(SnapshotRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise CoordinatorLost(f"coordinator {self.address}: {_reason(error)}") from None
+        return reply
+
+    async def room(self, questions: RoomRequest) -> RoomReply:
+        """How many requests it would queue now. Raises CoordinatorLost, too where it does not know that question."""
+        try:
+            reply: RoomReply = await self._stub().AskRoom(questions, timeout=ROOM_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise CoordinatorLost(f"coordinator {self.address}: {_reason(error)}") from None
         return reply
@@ -208,10 +231,12 @@ class CoordinatorClient:
         call = self._stub().Generate()
         writer: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait_for(call.initial_metadata(), self._connect_timeout_s)
+            async with asyncio.timeout(self._connect_timeout_s):
+                await call.initial_metadata()
             if call.done():
                 raise await _error_of(call)
             self._connected.set()
+            self._on_change()
             writer = asyncio.create_task(self._write(call))
             while (reply := await call.read()) is not grpc.aio.EOF:
                 self._deliver(reply)
@@ -242,11 +267,16 @@ class CoordinatorClient:
         self._has_to_send.clear()
         for request in self._open.values():
             request.lose(f"coordinator {self.address}: {reason}")
+        self._on_change()
 
     def _stub(self) -> Any:
         if self._channel is None:
             self._channel = open_channel(self.address, self._credentials)
         return CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+
+def _ignore() -> None:
+    pass
 
 
 def _too_many(request_id: int) -> SequenceOutput:

@@ -1,177 +1,58 @@
-"""From a validated request to deltas: one submission per choice, run side by side, closed together.
+"""From a plan to deltas: its choices run side by side, and are closed together.
 
-Both endpoints share this file. Turning text into prompts is `actors.front.prompts`' work, deltas into responses
-that of `actors.front.completions` and `actors.front.chat_completions`.
+The plan is `actors.front.planning`'s, this file's door to both endpoints. Deltas become responses in
+`actors.front.completions` and `actors.front.chat_completions`.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
-from actors.front.choice_text import ChoiceText, Delta, TextRules
+from actors.front.choice_text import ChoiceText, Delta
 from actors.front.coordinator_client import CoordinatorLost
+from actors.front.event_ids import Stage
 from actors.front.front_door import FrontDoor
-from actors.front.openai_errors import (
-    ApiError,
-    context_length_exceeded,
-    from_output,
-    invalid,
-    model_not_found,
-    not_ready,
-    timed_out,
-    unsupported,
-)
-from actors.front.openai_schema import GenerationRequest
-from actors.front.prompts import PromptTokens
+from actors.front.openai_errors import OVERLOADED_RETRY_AFTER_S, ApiError, from_output, not_ready, timed_out
+from actors.front.planning import Choice, Plan, Wish, check_request, plan
+from actors.front.proxy_hold import BY_COORDINATOR
+from actors.front.request_trace import current as current_trace
+from actors.front.resume import Untold
 from model.text.detokenizer import IncrementalDetokenizer
 from protos.coordinator_pb2 import (
     FINISH_REASON_CANCELLED,
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,
-    Sampling,
+    FINISH_REASON_UNSPECIFIED,
     SequenceOutput,
-    Submit,
 )
-from protos.expert_pb2 import STATUS_OVERLOADED
+from protos.expert_pb2 import STATUS_INVALID, STATUS_OVERLOADED
+from protos.outputs import is_last
 
-_SMALLEST_TOP_P = 1e-6
-_MAX_UINT32 = 2**32 - 1
+__all__ = ["Choice", "Plan", "Wish", "check_request", "merge", "plan", "run"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What the endpoints word differently. None for `max_tokens` means `default_max_tokens`; None there, what
-    fits. With `continues_prompt` the text goes on where the prompt's ends; without it is a text of its own.
-    """
-
-    prompt_param: str
-    max_tokens: int | None
-    default_max_tokens: int | None
-    logprobs: int | None
-    prompt_logprobs: int | None = None
-    continues_prompt: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One answer to one prompt; `index` counts over all prompts, `is_first` is true for a prompt's first."""
-
-    index: int
-    is_first: bool
-    prompt: PromptTokens
-    submit: Submit
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All choices of one request and what holds for their text."""
-
-    choices: tuple[Choice, ...]
-    rules: TextRules
-    skip_special_tokens: bool
-    continues_prompt: bool
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once however many choices it has."""
-        return sum(len(choice.prompt.token_ids) for choice in self.choices if choice.is_first)
-
-
-def check_request(front: FrontDoor, request: GenerationRequest, num_prompts: int) -> None:
-    """What can be refused before any text is read. Raises ApiError."""
-    if request.model != front.model_id:
-        raise model_not_found(request.model)
-    for param, reason in request.unsupported_fields().items():
-        raise unsupported(param, reason)
-    if num_prompts * request.num_choices > front.limits.max_choices:
-        raise invalid("n", f"Invalid value for 'n': prompts times n must be at most {front.limits.max_choices}.")
-    for place, token in enumerate(request.stop_token_ids or ()):
-        if token >= front.vocab_size:
-            param = f"stop_token_ids[{place}]"
-            raise invalid(param, f"Invalid value for '{param}': token ids must be below {front.vocab_size}.")
-
-
-def plan(front: FrontDoor, request: GenerationRequest, prompts: Sequence[PromptTokens], wish: Wish) -> Plan:
-    """One choice per prompt and `n`, in OpenAI's order; choice i of a prompt samples with seed + i.
-
-    Raises ApiError when a prompt does not fit or `min_tokens` exceeds what may be generated.
-    """
-    seed = front.draw_seed() if request.seed is None else request.seed
-    deadline_unix_us = int((front.wall_clock() + front.request_timeout_s) * 1e6)
-    choices: list[Choice] = []
-    for prompt in prompts:
-        max_tokens = _max_tokens(front, prompt, wish)
-        if (request.min_tokens or 0) > max_tokens:
-            raise invalid("min_tokens", f"Invalid value for 'min_tokens': it must be at most {max_tokens} here.")
-        for i in range(request.num_choices):
-            submit = _submit(front, request, prompt, wish, max_tokens)
-            submit.sampling.CopyFrom(_sampling(request, (seed + i) % 2**64))
-            submit.deadline_unix_us = deadline_unix_us
-            choices.append(Choice(len(choices), i == 0, prompt, submit))
-    rules = TextRules(
-        stops=tuple(request.stop),
-        include_stop=bool(request.include_stop_str_in_output),
-        min_tokens=request.min_tokens or 0,
-    )
-    return Plan(tuple(choices), rules, request.skip_special_tokens is not False, wish.continues_prompt)
-
-
-def _max_tokens(front: FrontDoor, prompt: PromptTokens, wish: Wish) -> int:
-    """Tokens to generate after `prompt`. Raises ApiError with code context_length_exceeded."""
-    limit, asked, length = front.max_model_len, wish.max_tokens, len(prompt.token_ids)
-    room = limit - length
-    needed = 1 if asked is None else asked
-    if needed > room:
-        raise context_length_exceeded(wish.prompt_param, limit, length, needed, exact=True)
-    if asked is not None:
-        return asked
-    return room if wish.default_max_tokens is None else min(room, wish.default_max_tokens)
-
-
-def _submit(front: FrontDoor, request: GenerationRequest, prompt: PromptTokens, wish: Wish, max_tokens: int) -> Submit:
-    return Submit(
-        request_id=front.next_request_id(),
-        prompt_token_ids=prompt.token_ids,
-        max_tokens=max_tokens,
-        min_tokens=request.min_tokens or 0,
-        stop_token_ids=request.stop_token_ids or (),
-        ignore_eos=bool(request.ignore_eos),
-        logprobs=wish.logprobs,
-        prompt_logprobs=wish.prompt_logprobs,
-    )
-
-
-def _sampling(request: GenerationRequest, seed: int) -> Sampling:
-    """OpenAI's defaults. A top_p of 0 keeps only the most likely token, which top_k says exactly."""
-    top_p = 1.0 if request.top_p is None else request.top_p
-    top_k = max(0, request.top_k or 0)
-    if top_p < _SMALLEST_TOP_P:
-        top_p, top_k = 1.0, 1
-    return Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=top_p,
-        top_k=min(top_k, _MAX_UINT32),
-        min_p=request.min_p or 0.0,
-        seed=seed,
-        repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-    )
+READY_WAIT_S = 0.05  # a refusal must be quick
 
 
 async def run(front: FrontDoor, plan: Plan) -> AsyncGenerator[Delta, None]:
     """Deltas of all choices as they come; closing it cancels what is still running. Raises ApiError."""
     arrived = asyncio.get_running_loop().time()
-    streams = [_deltas(front, plan, choice, arrived) for choice in plan.choices]
+    streams = [_deltas(front, plan, choice, arrived) for choice in plan.choices if choice.told.stage is not Stage.ENDED]
+    trace = current_trace()
     async with aclosing(merge(streams)) as deltas:
         async for delta in deltas:
+            if trace is not None:
+                trace.note(delta)
             yield delta
     front.metrics.e2e.observe(asyncio.get_running_loop().time() - arrived)
 
 
 async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
     """Several streams as one, in order of arrival. When it ends, however it ends, all of them are closed."""
+    if len(streams) == 1:  # most are, and a task for every token would be work for nothing
+        async with aclosing(streams[0]) as only:
+            async for one in only:
+                yield one
+        return
     pending = {asyncio.ensure_future(_next(stream)): stream for stream in streams}
     try:
         while pending:
@@ -197,20 +78,54 @@ async def _next(stream: AsyncGenerator[Delta, None]) -> Delta | None:
 async def _deltas(front: FrontDoor, plan: Plan, choice: Choice, arrived: float) -> AsyncGenerator[Delta, None]:
     """One choice's deltas, the last of them with a finish reason. Raises ApiError."""
     context = choice.prompt.token_ids if plan.continues_prompt else ()
-    detokenizer = IncrementalDetokenizer(front.tokenizer, context, skip_special=plan.skip_special_tokens)
-    text = ChoiceText(choice.index, detokenizer, plan.rules, front.eos_ids)
-    async with aclosing(_outputs(front, choice, arrived)) as outputs:
+    detokenizer = IncrementalDetokenizer(
+        front.tokenizer, context, skip_special=plan.skip_special_tokens, verbatim=choice.form is not None
+    )
+    calls = None if plan.tools is None else plan.tools.parser()
+    text = ChoiceText(choice.index, detokenizer, plan.rules, front.eos_ids, calls)
+    told = Untold(text, choice.index, choice.told)
+    async with aclosing(_all_outputs(front, plan, choice, arrived)) as outputs:
         async for output in outputs:
-            delta = text.feed(output)
+            delta = told.feed(output)
+            if delta is None:
+                continue
             front.metrics.generation_tokens.inc(len(delta.token_ids))
+            plan.caller.use(len(delta.token_ids))
             yield delta
             if delta.finish_reason is not None:
-                front.metrics.finished.labels(delta.finish_reason).inc()
+                front.metrics.choice_ended(delta.finish_reason, len(choice.prompt.token_ids), delta.num_tokens)
                 return
     raise not_ready("The coordinator ended the request early. Please retry.")
 
 
-async def _outputs(front: FrontDoor, choice: Choice, arrived: float) -> AsyncGenerator[SequenceOutput, None]:
+async def _all_outputs(
+    front: FrontDoor, plan: Plan, choice: Choice, arrived: float
+) -> AsyncGenerator[SequenceOutput, None]:
+    """What is remembered of the choice, as one output, then what comes from a coordinator. Raises ApiError."""
+    known = None if plan.record is None else plan.record.choices[choice.index].copy()
+    if known is not None and known.token_ids:
+        yield SequenceOutput(
+            token_ids=known.token_ids, finish_reason=known.finish_reason, num_cached_tokens=known.num_cached_tokens
+        )
+        if known.finish_reason != FINISH_REASON_UNSPECIFIED:
+            return
+        choice.submit.generated_token_ids.extend(known.token_ids)
+    first = True
+    async with aclosing(_outputs(front, plan, choice, arrived)) as outputs:
+        async for output in outputs:
+            if plan.record is not None:
+                plan.record.note(choice.index, output)
+            if first and choice.is_first:
+                plan.caller.use(len(choice.prompt.token_ids))
+            first = False
+            if known is not None and known.token_ids:  # whoever goes on with it may find others
+                output.num_cached_tokens = known.num_cached_tokens
+            yield output
+
+
+async def _outputs(
+    front: FrontDoor, plan: Plan, choice: Choice, arrived: float
+) -> AsyncGenerator[SequenceOutput, None]:
     """The coordinator's outputs of one choice, timed; what is no output but a failure raises ApiError."""
     submit = choice.submit
     if submit.max_tokens == 0 and not submit.HasField("prompt_logprobs"):
@@ -218,7 +133,9 @@ async def _outputs(front: FrontDoor, choice: Choice, arrived: float) -> AsyncGen
         return
     loop = asyncio.get_running_loop()
     give_up_at = arrived + front.request_timeout_s + front.limits.deadline_grace_s
+    first: float | None = None
     last: float | None = None
+    num_tokens = 0
     try:
         async with aclosing(front.coordinators.generate(submit)) as outputs:
             while True:
@@ -227,10 +144,15 @@ async def _outputs(front: FrontDoor, choice: Choice, arrived: float) -> AsyncGen
                 if output is None:
                     return
                 if output.finish_reason in (FINISH_REASON_ERROR, FINISH_REASON_CANCELLED):
-                    raise await _failure(front, output)
+                    raise await _failure(front, plan, choice, output)
                 now = loop.time()
                 _observe(front, choice, now - (last or arrived), first=last is None)
-                last = now
+                first, last = first or now, now
+                num_tokens += len(output.token_ids)
+                if not choice.is_first:  # a prompt counts once, however many choices it has
+                    output.num_cached_tokens = 0
+                if is_last(output) and num_tokens > 1:
+                    front.metrics.tpot.observe((now - first) / (num_tokens - 1))
                 yield output
     except TimeoutError:
         raise timed_out(front.request_timeout_s) from None
@@ -244,8 +166,31 @@ def _observe(front: FrontDoor, choice: Choice, waited_s: float, *, first: bool) 
         front.metrics.prompt_tokens.inc(len(choice.prompt.token_ids))
 
 
-async def _failure(front: FrontDoor, output: SequenceOutput) -> ApiError:
+async def _takes_requests(front: FrontDoor) -> bool:
+    """False where all coordinators say that they do not; one that is too busy to say anything is full, not loading."""
+    if front.coordinators.was_ready:
+        return True
+    try:
+        async with asyncio.timeout(READY_WAIT_S):
+            return await front.coordinators.is_ready()
+    except TimeoutError:
+        return True
+
+
+async def _failure(front: FrontDoor, plan: Plan, choice: Choice, output: SequenceOutput) -> ApiError:
     """A coordinator that is loading refuses like one that is full; to a client it is not ready."""
-    if output.status == STATUS_OVERLOADED and not await front.coordinators.is_ready():
-        return not_ready()
-    return from_output(output, front.request_timeout_s)
+    held: dict[str, str] = {}
+    if output.status == STATUS_OVERLOADED:
+        if not await _takes_requests(front):
+            return not_ready()
+        if choice.index == 0:  # not even one choice found room
+            retry_s = output.retry_after_ms / 1000 or OVERLOADED_RETRY_AFTER_S
+            front.overload.note_refused(retry_s, choice.submit.tenant, len(choice.submit.prompt_token_ids))
+            held = front.hold(plan.caller, BY_COORDINATOR)
+    if choice.form is not None and output.status == STATUS_INVALID:
+        blamed = choice.form.blamed(output.error)
+        if blamed is not None:
+            return blamed
+    error = from_output(output, front.request_timeout_s)
+    error.headers.update(held)
+    return error

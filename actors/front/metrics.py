@@ -1,51 +1,49 @@
-"""What Prometheus reads at /metrics: the front door's own counts, and the coordinators' as of their last snapshot.
+"""What Prometheus reads at /metrics: the front door's own counts, and the cluster's as of the last look at it.
 
-Names follow vLLM's with the prefix `octavo_`. The number of series is bounded: endpoints and reasons are
-closed sets, and the layer axis of the expert load is kept only up to `MAX_LOAD_SERIES`. One registry per
-front door.
+The number of series is bounded: endpoints, reasons and states are closed sets, load is summed over layers or told as
+quantiles, and metrics by expert have a limit (`actors.metrics.family`). One registry per front door. Names are ours,
+`octavo_*`, and vLLM's beside them for the figures that tools look for. Looking at the cluster is
+`actors.front.scrape`'s.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from cluster.load import balancedness
+from actors.front.resubmission import Verdict
+from actors.metrics import vllm_names
+from actors.metrics.cluster import ClusterMetrics
+from actors.metrics.coordinators import CoordinatorMetrics
+from actors.metrics.facts import facts_of
+from actors.metrics.family import Family
+from actors.supervision.status import ClusterStatus
 from protos.coordinator_pb2 import SnapshotReply
 
-MAX_LOAD_SERIES = 4096
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
-    600.0,
-)
-
 Snapshots = Callable[[], Mapping[str, SnapshotReply]]
+Resubmissions = Callable[[], Mapping[Verdict, int]]
+Status = Callable[[], ClusterStatus | None]
+
+_LONGEST = 1 << 20
+
+
+def _unknown() -> None:
+    return None
 
 
 class FrontMetrics:
-    """Counters and histograms of one front door."""
+    """Counters and histograms of one front door. `status` is the supervisor's view, None while it is not known."""
 
-    def __init__(self, model: str, snapshots: Snapshots) -> None:
+    def __init__(
+        self,
+        model: str,
+        snapshots: Snapshots,
+        resubmissions: Resubmissions = dict,
+        status: Status = _unknown,
+        max_model_len: int = _LONGEST,
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(ClusterCollector(snapshots))
         make: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter(
             "octavo_http_requests",
@@ -66,93 +64,118 @@ class FrontMetrics:
         self.unexpected = Counter("octavo_unexpected_errors", "Exceptions answered with 500; see the log", **make)
         self.prompt_tokens = Counter("octavo_prompt_tokens", "Prompt tokens of accepted requests", **make)
         self.generation_tokens = Counter("octavo_generation_tokens", "Tokens received from coordinators", **make)
-        self.ttft = _histogram("octavo_time_to_first_token_seconds", "From request to first token", make)
-        self.itl = _histogram("octavo_inter_token_latency_seconds", "Between a choice's outputs", make)
-        self.e2e = _histogram("octavo_e2e_request_latency_seconds", "From request to the end of generation", make)
+        times = vllm_names.TOKEN_BUCKETS
+        self.ttft = _histogram(
+            "octavo_time_to_first_token_seconds", "From request to first token", vllm_names.TTFT_BUCKETS, make
+        )
+        self.itl = _histogram("octavo_inter_token_latency_seconds", "Between a choice's outputs", times, make)
+        self.tpot = _histogram(
+            "octavo_request_time_per_output_token_seconds",
+            "Mean time of a choice's tokens after the first",
+            times,
+            make,
+        )
+        self.e2e = _histogram(
+            "octavo_e2e_request_latency_seconds",
+            "From request to the end of generation",
+            vllm_names.REQUEST_BUCKETS,
+            make,
+        )
+        lengths = vllm_names.length_buckets(max_model_len)
+        self.prompt_lengths = _histogram("octavo_request_prompt_tokens", "Prompt tokens of a choice", lengths, make)
+        self.answer_lengths = _histogram("octavo_request_generation_tokens", "Tokens of a choice", lengths, make)
         info = Gauge("octavo_model_info", "Always 1; the model's name is the label", ["model_name"], **make)
         info.labels(model).set(1)
+        self._registry.register(ClusterCollector(model, snapshots, status))
+        self._registry.register(ResubmissionCollector(resubmissions))
+        alike = (self.ttft, self.itl, self.tpot, self.e2e, self.prompt_lengths, self.answer_lengths, self.finished)
+        self._registry.register(VllmCollector(model, alike))
+
+    @property
+    def num_inflight(self) -> int:
+        """Generation requests being served now."""
+        return int(next(iter(self.inflight.collect())).samples[0].value)
+
+    def choice_ended(self, reason: str, num_prompt: int, num_tokens: int) -> None:
+        """One choice got its last token."""
+        self.finished.labels(reason).inc()
+        self.prompt_lengths.observe(num_prompt)
+        self.answer_lengths.observe(num_tokens)
+
+    def families(self) -> Iterator[Metric]:
+        """All metrics as they are now."""
+        return iter(self._registry.collect())
 
     def render(self) -> bytes:
         """The text format of Prometheus."""
         return generate_latest(self._registry)
 
 
-class ClusterCollector:
-    """Turns snapshots into metrics at scrape time."""
+class ResubmissionCollector:
+    """Turns the pool's counts into a metric at scrape time."""
 
-    def __init__(self, snapshots: Snapshots) -> None:
-        self._snapshots = snapshots
+    def __init__(self, resubmissions: Resubmissions) -> None:
+        self._resubmissions = resubmissions
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks of a collector."""
-        replies = sorted(self._snapshots().values(), key=lambda reply: reply.coordinator_id)
-        yield from _gauges(replies)
-        yield from _counters(replies)
-        yield from _loads(replies)
-
-
-def _histogram(name: str, text: str, make: dict[str, Any]) -> Histogram:
-    return Histogram(name, text, buckets=_SECONDS, **make)
-
-
-def _gauges(replies: list[SnapshotReply]) -> Iterator[Metric]:
-    values: dict[tuple[str, str], Callable[[SnapshotReply], float]] = {
-        ("octavo_coordinator_up", "1 while the coordinator answers and is ready"): lambda r: r.state == "ready",
-        ("octavo_num_requests_running", "Sequences in the running batch"): lambda r: r.num_running,
-        ("octavo_num_requests_waiting", "Sequences that wait to run"): lambda r: r.num_waiting,
-        ("octavo_kv_blocks_total", "KV blocks"): lambda r: r.kv_blocks_total,
-        ("octavo_kv_blocks_free", "KV blocks nobody holds"): lambda r: r.kv_blocks_free,
-        ("octavo_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1"): _kv_usage,
-        ("octavo_map_epoch", "Epoch of the expert map in force"): lambda r: r.map_epoch,
-    }
-    for (name, text), value in values.items():
-        gauge = GaugeMetricFamily(name, text, labels=["coordinator"])
-        for reply in replies:
-            gauge.add_metric([reply.coordinator_id], float(value(reply)))
-        yield gauge
-
-
-def _counters(replies: list[SnapshotReply]) -> Iterator[Metric]:
-    values = {
-        "steps": "Steps of the engine",
-        "preemptions": "Sequences put back to recompute for want of KV blocks",
-        "draft_tokens": "Tokens guessed and computed ahead",
-        "accepted_draft_tokens": "Tokens guessed right, each of which saved a step",
-        "expert_retries": "Expert messages that were sent again",
-    }
-    for name, text in values.items():
-        counter = CounterMetricFamily(f"octavo_{name}", text, labels=["coordinator"])
-        for reply in replies:
-            counter.add_metric([reply.coordinator_id], float(getattr(reply, f"{name}_total")))
+        counter = CounterMetricFamily(
+            "octavo_resubmissions",
+            "Sequences that went on at another coordinator, by what became of the former",
+            labels=["reason"],
+        )
+        for reason, count in self._resubmissions().items():
+            counter.add_metric([reason.value], float(count))
         yield counter
 
 
-def _loads(replies: list[SnapshotReply]) -> Iterator[Metric]:
-    total_LE = sum_loads([reply.load for reply in replies])
-    layers, experts = total_LE.shape
-    tokens = CounterMetricFamily("octavo_expert_tokens", "Tokens routed to each expert", labels=["layer", "expert"])
-    by_layer = layers * experts <= MAX_LOAD_SERIES
-    rows = enumerate(total_LE) if by_layer else [("all", total_LE.sum(axis=0))]
-    for layer, load_E in rows:
-        for expert, load in enumerate(load_E):
-            tokens.add_metric([str(layer), str(expert)], float(load))
-    yield tokens
-    even = GaugeMetricFamily(
-        "octavo_expert_balancedness", "Mean by max load of a layer, recent window", labels=["quantile"]
-    )
-    window_LE = sum_loads([reply.window_load for reply in replies])
-    if window_LE.size:
-        for quantile, value in zip(QUANTILES, np.quantile(balancedness(window_LE), QUANTILES), strict=True):
-            even.add_metric([f"{quantile:g}"], float(value))
-    yield even
+class ClusterCollector:
+    """Turns snapshots and status into metrics at scrape time."""
+
+    def __init__(self, model: str, snapshots: Snapshots, status: Status) -> None:
+        self._model = model
+        self._snapshots = snapshots
+        self._status = status
+        self._coordinators = CoordinatorMetrics()
+        self._cluster = ClusterMetrics()
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks of a collector."""
+        facts = [facts_of(reply) for reply in self._snapshots().values() if reply.coordinator_id]
+        yield from map(_exported, self._coordinators.families(facts))
+        yield from map(_exported, self._cluster.families(self._status()))
+        yield from map(_exported, vllm_names.families(self._model, facts))
 
 
-def sum_loads(loads: list[Any]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Tokens per (layer, expert), summed over coordinators; (0, 0) when none has told."""
-    told = [[list(layer.tokens) for layer in load] for load in loads if load]
-    return np.sum(np.asarray(told, dtype=np.int64), axis=0) if told else np.zeros((0, 0), dtype=np.int64)
+class VllmCollector:
+    """The front door's own metrics once more, as vLLM names and labels them."""
+
+    def __init__(self, model: str, metrics: Sequence[Counter | Histogram]) -> None:
+        self._labels = dict(zip(vllm_names.LABELS, (model, vllm_names.ALL_ENGINES), strict=True))
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks of a collector."""
+        for metric in self._metrics:
+            for ours in metric.collect():
+                theirs = Metric(_vllm(ours.name), ours.documentation, ours.type)
+                for sample in ours.samples:
+                    if not sample.name.endswith("_created"):
+                        theirs.add_sample(_vllm(sample.name), self._labels | sample.labels, sample.value)
+                yield theirs
 
 
-def _kv_usage(reply: SnapshotReply) -> float:
-    used = reply.kv_blocks_total - reply.kv_blocks_free
-    return used / reply.kv_blocks_total if reply.kv_blocks_total else 0.0
+def _vllm(name: str) -> str:
+    return name.replace("octavo_", "vllm:", 1)
+
+
+def _exported(family: Family) -> Metric:
+    make = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
+    metric: Metric = make(family.name, family.help, labels=family.labels)
+    for labels, value in family.samples.items():
+        metric.add_metric(labels, value)  # type: ignore[attr-defined]
+    return metric
+
+
+def _histogram(name: str, text: str, buckets: Sequence[float], make: dict[str, Any]) -> Histogram:
+    return Histogram(name, text, buckets=buckets, **make)

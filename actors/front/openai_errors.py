@@ -137,7 +137,7 @@ def from_output(output: SequenceOutput, timeout_s: float) -> ApiError:
     """What a coordinator's refusal or failure of one request means to the client."""
     match output.status:
         case s if s == STATUS_INVALID:
-            return invalid(None, output.error or "The request was refused as invalid.")
+            return invalid(output.error_field or None, output.error or "The request was refused as invalid.")
         case s if s == STATUS_OVERLOADED:
             return overloaded(output.retry_after_ms / 1000 or OVERLOADED_RETRY_AFTER_S)
         case s if s == STATUS_DEADLINE_EXCEEDED:

@@ -4,12 +4,12 @@ Plain dictionaries, because OpenAI tells absent from null and a stream writes ma
 left to `actors.front.completions` and `actors.front.chat_completions`.
 """
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.front.choice_text import Delta, TokenEntry
+from actors.front.choice_text import TokenEntry
+from actors.front.event_ids import Position, StreamKey
 from actors.front.front_door import FrontDoor
 from model.text.tokenizer import Tokenizer
 from protos.coordinator_pb2 import PositionLogprobs, TokenLogprob
@@ -30,15 +30,10 @@ class Head:
     system_fingerprint: str
 
     @classmethod
-    def make(cls, front: FrontDoor, prefix: str, object_name: str) -> "Head":
-        """A head with a new id."""
-        created = int(front.wall_clock())
+    def make(cls, front: FrontDoor, prefix: str, object_name: str, key: StreamKey) -> "Head":
+        """The head of the answer that `key` names: the same wherever it goes on."""
         return cls(
-            f"{prefix}-{secrets.token_hex(12)}",
-            object_name,
-            created,
-            front.model_id,
-            front.system_fingerprint,
+            f"{prefix}-{key.label or key.name}", object_name, key.created, front.model_id, front.system_fingerprint
         )
 
     def body(self, choices: list[Json], **more: Any) -> Json:
@@ -60,10 +55,21 @@ class UsageCount:
 
     num_prompt_tokens: int
     _by_choice: dict[int, int] = field(default_factory=dict)
+    _cached: dict[int, int] = field(default_factory=dict)
 
-    def count(self, delta: Delta) -> None:
-        """Takes note of a delta."""
-        self._by_choice[delta.index] = delta.num_tokens
+    @classmethod
+    def after(cls, num_prompt_tokens: int, told: Sequence[Position]) -> "UsageCount":
+        """Counts on where each choice was told so far."""
+        return cls(num_prompt_tokens, {index: position.num_tokens for index, position in enumerate(told)})
+
+    def count(self, index: int, num_tokens: int, num_cached_tokens: int = 0) -> None:
+        """Takes note that choice `index` has that many tokens now.
+
+        How many of its prompt's tokens were in the KV cache holds as it was told first: whoever goes on with a choice
+        may find others.
+        """
+        self._by_choice[index] = num_tokens
+        self._cached.setdefault(index, num_cached_tokens)
 
     def usage(self) -> Json:
         """OpenAI's usage object so far."""
@@ -72,14 +78,19 @@ class UsageCount:
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self.num_prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
 
 
 class TokenNames:
-    """How log-probabilities call a token: its text, or `bytes:\\xe2` where it is part of a character."""
+    """How log-probabilities call a token: its text, or `bytes:\\xe2` where it is part of a character.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    With `as_ids` `token_id:42`, as vLLM's `return_tokens_as_token_ids` has it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._as_ids = as_ids
 
     def raw(self, token_id: int) -> bytes:
         """The token's bytes; tokens that only the model knows have none."""
@@ -87,6 +98,8 @@ class TokenNames:
 
     def name(self, token_id: int) -> str:
         """The token as text."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
         raw = self.raw(token_id)
         try:
             return raw.decode()
@@ -119,6 +132,22 @@ def text_logprobs(entries: Sequence[TokenEntry], names: TokenNames) -> Json:
         "token_logprobs": [finite(entry.logprobs.chosen.logprob) if entry.logprobs else None for entry in entries],
         "top_logprobs": [_alternatives(entry.logprobs, names) if entry.logprobs else None for entry in entries],
         "text_offset": [entry.start for entry in entries],
+    }
+
+
+def prompt_logprobs(positions: Sequence[PositionLogprobs], names: TokenNames) -> list[Json | None]:
+    """vLLM's `prompt_logprobs`: null for the first token, then by id the token that stands there and the likeliest."""
+    return [None, *(_by_id(position, names) for position in positions)]
+
+
+def _by_id(position: PositionLogprobs, names: TokenNames) -> Json:
+    return {
+        str(token.token_id): {
+            "logprob": finite(token.logprob),
+            "rank": token.rank,
+            "decoded_token": names.raw(token.token_id).decode(errors="replace"),
+        }
+        for token in (position.chosen, *position.top)
     }
 
 

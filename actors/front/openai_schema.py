@@ -1,60 +1,57 @@
 """What a client may ask for: the request bodies of /v1/completions and /v1/chat/completions.
 
 Names and meanings are OpenAI's, and vLLM's where OpenAI's end. Unknown fields are accepted and ignored;
-fields that we know and cannot honour are refused, never ignored. What depends on the model (its context, its
-vocabulary) is checked by `actors.front.generation`.
+fields that we know and cannot honour are refused, never ignored. The larger fields are checked by
+`actors.front.request_fields`; what depends on the model (its context, its vocabulary) by `actors.front.planning`.
 """
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 1024
-MAX_STOP_TOKENS = 64
+from actors.coordinator.submit_check import MAX_LOGPROBS, MAX_TEMPERATURE, REPETITION_PENALTIES
+from actors.front.request_fields import (
+    MAX_PROMPTS,
+    REFUSED_EVERYWHERE,
+    REFUSED_IN_CHAT,
+    AllowedTokens,
+    BadWords,
+    CacheSalt,
+    LogitBias,
+    Priority,
+    Prompt,
+    Prompts,
+    RequestIdText,
+    Stops,
+    StopTokens,
+    TemplateKwargs,
+    refused,
+    wrong,
+)
+from actors.front.structured_schema import Choices, JsonSchema, ResponseFormat, StructuredOutputs
+from actors.front.tools.schema import ToolChoice, Tools, calls_for_template
+
+__all__ = [
+    "COMPLETIONS_DEFAULT_MAX_TOKENS",
+    "MAX_N",
+    "MAX_PROMPTS",
+    "Body",
+    "ChatCompletionRequest",
+    "ChatMessage",
+    "CompletionRequest",
+    "GenerationRequest",
+    "Prompt",
+    "StreamOptions",
+]
+
 MAX_N = 128
-MAX_LOGPROBS = 20
-MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 COMPLETIONS_DEFAULT_MAX_TOKENS = 16
+_LEAST_REPETITION, _MOST_REPETITION = REPETITION_PENALTIES
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
-Prompt = str | list[int]
-
-
-def _wrong(param: str, message: str) -> PydanticCustomError:
-    """A finding about the whole request that is `param`'s fault."""
-    return PydanticCustomError("request", "{message}", {"message": message, "param": param})
-
-
-def _stops(value: object) -> object:
-    """A string, an array of strings or null, as a list."""
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("stop", "must be a string or an array of strings")
-    if len(stops) > MAX_STOPS:
-        raise PydanticCustomError("stop", f"must have at most {MAX_STOPS} strings, not {len(stops)}")
-    if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise PydanticCustomError("stop", f"each string must have 1 to {MAX_STOP_CHARS} characters")
-    return stops
-
-
-def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _prompts(value: object) -> object:
-    """The four forms of a completions prompt, as a list of prompts: text, texts, token ids, lists of token ids."""
-    if isinstance(value, str) or _is_token_ids(value):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise PydanticCustomError("prompt", "must be a string or a non-empty array of strings, token ids or both")
-    if len(value) > MAX_PROMPTS and not isinstance(value[0], int):
-        raise PydanticCustomError("prompt", f"must have at most {MAX_PROMPTS} prompts, not {len(value)}")
-    if not all(isinstance(item, str) or _is_token_ids(item) for item in value):
-        raise PydanticCustomError("prompt", "each must be a string or a non-empty array of non-negative token ids")
-    return value
 
 
 def _content(value: object) -> object:
@@ -67,6 +64,20 @@ def _content(value: object) -> object:
     if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
         raise PydanticCustomError("content", "only content parts of the type 'text' are supported")
     return "\n".join(str(text) for text in texts)
+
+
+def _calls(value: object) -> object:
+    """An assistant's calls of tools."""
+    if value is None:
+        return None
+    try:
+        return calls_for_template(value) or None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PydanticCustomError("tool_calls", "{reason}", {"reason": f"{where}: {first['msg']}"}) from None
+    except ValueError as error:
+        raise PydanticCustomError("tool_calls", "{reason}", {"reason": str(error)}) from None
 
 
 def _role(value: object) -> object:
@@ -91,38 +102,69 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What both endpoints share. None means the default in the comment, as a missing field does."""
 
+    not_done: ClassVar[Mapping[str, tuple[tuple[object, ...], str]]] = REFUSED_EVERYWHERE
+
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None  # 0
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # 1
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None  # 1
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 1
     top_k: Annotated[int, Field(ge=-1)] | None = None  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None  # 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None  # drawn
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None  # 1
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop: Stops = Field(default_factory=list)
+    stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None  # true
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None  # 1
+    repetition_penalty: Annotated[float, Field(ge=_LEAST_REPETITION, le=_MOST_REPETITION)] | None = None  # 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None  # 0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None  # 0
+    logit_bias: LogitBias | None = None
+    bad_words: BadWords | None = None
+    allowed_token_ids: AllowedTokens | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # none; not with 'stream'
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_routed_experts: bool | None = None  # true where the server was started for it and it is no stream
+    add_special_tokens: bool | None = None  # for prompts of text true, for chats false
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # not; -1: to what fits
+    truncation_side: Literal["left", "right"] | None = None  # left: the last tokens stay
+    priority: Priority | None = None  # 0; lower comes first
+    cache_salt: CacheSalt | None = None
+    request_id: RequestIdText | None = None  # the header X-Request-Id comes before it
     user: str | None = None
-    logit_bias: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None  # text
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    asked_in_vain: SkipJsonSchema[dict[str, str]] = Field(default_factory=dict, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _note_what_is_not_done(cls, data: Any) -> Any:
+        """Known fields that ask for what this server does not do; they have no other place in the model."""
+        if not isinstance(data, dict):
+            return data
+        return {**data, "asked_in_vain": refused(data, cls.not_done)}
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise _wrong("stream_options", "it needs 'stream' to be true")
+            raise wrong("stream_options", "it needs 'stream' to be true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise wrong("prompt_logprobs", "it is not available with 'stream'")
         return self
 
     def unsupported_fields(self) -> dict[str, str]:
         """Fields whose value asks for what this server does not do, with the reason."""
-        return {"logit_bias": "is not supported by this server."} if self.logit_bias else {}
+        return dict(self.asked_in_vain)
 
     @property
     def num_choices(self) -> int:
@@ -143,7 +185,7 @@ class GenerationRequest(Body):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = None
@@ -166,47 +208,62 @@ class ChatMessage(BaseModel):
 
     role: Annotated[str, BeforeValidator(_role)]
     content: Annotated[str | None, BeforeValidator(_content)] = None
+    tool_calls: Annotated[list[dict[str, Any]] | None, BeforeValidator(_calls)] = None  # arguments as objects
 
     @model_validator(mode="after")
     def _only_an_assistant_may_be_silent(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
-            raise _wrong("content", "a message needs it unless its role is 'assistant'")
+            raise wrong("content", "a message needs it unless its role is 'assistant'")
         return self
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it: a silent assistant says the empty string."""
-        return {**self.model_dump(), "content": self.content or ""}
+        fields = self.model_dump(exclude=None if self.tool_calls else {"tool_calls"})
+        return {**fields, "content": self.content or ""}
 
 
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
+
+    not_done = {**REFUSED_EVERYWHERE, **REFUSED_IN_CHAT}
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_generation_prompt: bool | None = None  # true
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
+    add_generation_prompt: bool | None = None  # true, unless the final message is to be continued
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice = None  # auto where there are tools
+    parallel_tool_calls: bool | None = None  # true
     functions: list[Any] | None = None
+    function_call: Any = None
     modalities: list[Any] | None = None
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
-            raise _wrong("top_logprobs", "it needs 'logprobs' to be true")
+            raise wrong("top_logprobs", "it needs 'logprobs' to be true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> "ChatCompletionRequest":
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise wrong("continue_final_message", "it cannot be used with 'add_generation_prompt'")
+            if not self.messages[-1].content:
+                raise wrong("continue_final_message", "the last message must have text")
         return self
 
     def unsupported_fields(self) -> dict[str, str]:
-        """As in the base, and tools, formats and modalities other than text."""
+        """As in the base, and what came before tools, and modalities other than text."""
         refused = super().unsupported_fields()
-        if self.response_format and self.response_format.get("type") != "text":
-            refused["response_format"] = "is supported only with the type 'text'."
         if self.modalities and self.modalities != ["text"]:
             refused["modalities"] = "is supported only as ['text']."
-        if self.tools:
-            refused["tools"] = "is not supported by this server."
         if self.functions:
-            refused["functions"] = "is not supported by this server."
+            refused["functions"] = "is not supported by this server: say 'tools'."
+        if self.function_call is not None:
+            refused["function_call"] = "is not supported by this server: say 'tool_choice'."
         return refused

@@ -7,11 +7,15 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
+from actors.front.body_ahead import body_of
 from actors.front.front_door import FrontLimits
 from actors.front.openai_errors import ApiError, body_too_large, from_validation, invalid
-from actors.front.openai_schema import GenerationRequest
+from actors.front.openai_schema import Body
 
-Model = TypeVar("Model", bound=GenerationRequest)
+Model = TypeVar("Model", bound=Body)
+
+MAX_DEPTH = 201
+"""Arrays and objects in one another: the parser's own bound."""
 
 
 async def read_request(request: Request, model: type[Model], limits: FrontLimits) -> Model:
@@ -27,7 +31,7 @@ async def read_request(request: Request, model: type[Model], limits: FrontLimits
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise invalid(None, f"We could not parse the JSON body of your request: {_place(error)}.", None) from None
+        raise _unreadable(error) from None
     if not isinstance(value, dict):
         raise invalid(None, "The JSON body of your request must be an object.", None)
     try:
@@ -41,6 +45,9 @@ async def _read(request: Request, limit: int) -> bytes:
     claimed = request.headers.get("content-length", "0")
     if claimed.isdigit() and int(claimed[:20]) > limit:
         raise body_too_large(limit)
+    ahead = body_of(request.scope)
+    if ahead is not None:
+        return ahead
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -49,6 +56,9 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _place(error: ValueError) -> str:
+def _unreadable(error: ValueError) -> ApiError:
     """The parser's complaint; it names a position, never the text."""
-    return str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
+    if reason.startswith("recursion limit exceeded"):
+        return invalid(None, f"The JSON body of your request is nested deeper than {MAX_DEPTH} levels.", "too_deep")
+    return invalid(None, f"We could not parse the JSON body of your request: {reason}.", None)
