@@ -1,0 +1,1 @@
+"""What is measured of a cluster, as values; the front door shows them to Prometheus, the supervisor to Ray."""

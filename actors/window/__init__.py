@@ -1,0 +1,1 @@
+"""The window into a running cluster: one snapshot, shown by the page at /dashboard and by `octavo top`."""
