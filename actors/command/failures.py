@@ -5,9 +5,11 @@ from actors.command.added_commands import CommandError
 from actors.command.chat import ChatError
 from actors.command.demo_model import DemoModelError
 from actors.command.wheel_fetch import FetchError
+from actors.front.api_keys import KeysError
 from actors.ray_runtime import RuntimeFailure
 from cluster.budget import BudgetError
 from cluster.config import ConfigError
+from cluster.desired_set import MoveRefused
 from model.config import ModelConfigError
 from model.kernels import KernelError
 from model.storage.checkpoint import CheckpointError
@@ -38,7 +40,9 @@ def known_errors() -> tuple[type[BaseException], ...]:
         FetchError,
         GgufError,
         KernelError,
+        KeysError,
         ModelConfigError,
+        MoveRefused,
         OSError,
         RuntimeFailure,
         TokenizerError,
