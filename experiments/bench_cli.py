@@ -10,6 +10,8 @@ import typer
 
 from actors.command.added_commands import CommandError
 from experiments.bench_engine_cli import engine
+from experiments.bench_front_cli import front
+from experiments.bench_prefix_cli import prefix
 from experiments.bench_serve_cli import ServeCommand, serve
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 
 
 app.command()(engine)
+app.command()(front)
+app.command()(prefix)
 app.command(cls=ServeCommand)(serve)
 
 

@@ -5,7 +5,7 @@ Each has a namespace of its own in one local Ray, which the caller starts and en
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -53,6 +53,11 @@ class ClusterContestant:
         return self._name
 
     @property
+    def config(self) -> ClusterConfig:
+        """What it was started with, the token that opens it included."""
+        return self._config
+
+    @property
     def facts(self) -> Mapping[str, object]:
         """The configuration, and what came of it."""
         kernels = sorted({one.kernel for one in self._status.replicas})
@@ -74,6 +79,11 @@ class ClusterContestant:
         if output_len == 1:
             return self._on_loop(drive.prefill(target, prompts))
         return self._on_loop(drive.decode(target, prompts, output_len))
+
+    def measure(self, work: Callable[[CoordinatorClient], Coroutine[Any, Any, T]]) -> T:
+        """Does `work` with the client of its first coordinator."""
+        assert self._client is not None, "the cluster is closed"
+        return self._on_loop(work(self._client))
 
     def memory(self) -> Mapping[str, object]:
         """Of the processes that hold weights: coordinators and experts."""

@@ -40,6 +40,7 @@ from model.storage.checkpoint import COORDINATOR, Checkpoint
 from model.text.tokenizer import TokenizerError, load_tokenizer
 
 NAMESPACE = "octavo-bench"
+QUEUE_WAIT_S = 3600.0  # all prompts of a cell are submitted at once: none may be refused for those before it
 PEER_OVERHEAD = 1.25  # of its weights: what a library holds beside them
 
 
@@ -62,12 +63,12 @@ class Plan:
 
 def run(plan: Plan, out: JsonLines, console: Console) -> None:
     """Measures all of `plan`. Raises BenchError or what starting a cluster raises; whatever was started is ended."""
-    kinds = [find_peer(name, plan.peer_python) for name in dict.fromkeys(plan.peers)]
+    kinds = [find_peer(name, plan.peer_python, plan.peer_env) for name in dict.fromkeys(plan.peers)]
     checkpoint = Checkpoint.open(plan.model)
     configs = cluster_configs(plan, checkpoint)
     check_memory(plan, checkpoint, configs, kinds)
     cores = len(os.sched_getaffinity(0))
-    with _stopping_in_order() as undo:
+    with stopping_in_order() as undo:
         contestants = _start_all(plan, checkpoint, configs, kinds, cores, undo, console)
         kernel_step = _start_kernel(plan, checkpoint, cores, undo, console) if plan.kernel_speed else None
         rounds = Rounds(
@@ -94,7 +95,9 @@ def cluster_configs(plan: Plan, checkpoint: Checkpoint) -> dict[str, ClusterConf
         model=str(plan.model),
         max_num_seqs=max(64, most),
         max_waiting_requests=max(256, most),
+        max_queue_wait_s=QUEUE_WAIT_S,
         max_num_batched_tokens=max(plan.max_num_batched_tokens, most),
+        prefix_caching=False,  # cells and repeats may ask for the same prompts
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blocks = 1 + max(cell.kv_blocks(base.block_size) for cell in plan.cells)
@@ -166,7 +169,7 @@ def _start_all(
     console.print("starting Ray ...")
     ray_runtime.start_local(NAMESPACE)
     undo.callback(ray_runtime.disconnect)
-    _stop_on_signals()  # after Ray, which installs a handler of its own
+    stop_on_signals()  # after Ray, which installs a handler of its own
     for name, config in configs.items():
         console.print(f"starting {name} ...", markup=False)
         cluster = ClusterContestant(name, config, cores, console)
@@ -245,14 +248,14 @@ def _sayer(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(text, soft_wrap=True, markup=False)
 
 
-def _stop_on_signals() -> None:
+def stop_on_signals() -> None:
     """Also where SIGINT is ignored from the start, as a shell has it for what runs in the background."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
-def _stopping_in_order() -> Iterator[ExitStack]:
+def stopping_in_order() -> Iterator[ExitStack]:
     """What is to be undone, which is done however the block ends, and which impatience does not interrupt."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with ExitStack() as undo:

@@ -33,7 +33,7 @@ class JsonProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(env or {}),
+            env=environment(env or {}),
             start_new_session=True,
         )
         try:
@@ -84,8 +84,7 @@ class JsonProcess:
         return lines[-1] if lines else "it said nothing"
 
 
-def _environment(env: Mapping[str, str]) -> dict[str, str]:
-    """With this program's packages in reach of another interpreter."""
-    environ = {name: value for name, value in os.environ.items() if name not in OUR_OWN_SETTINGS}
-    paths = [str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]
-    return environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(env)
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """What a peer sees: ours and then `env`, with this program's packages in reach of another interpreter."""
+    seen = {name: value for name, value in os.environ.items() if name not in OUR_OWN_SETTINGS} | dict(env)
+    return seen | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), seen.get("PYTHONPATH")]))}

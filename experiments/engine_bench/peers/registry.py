@@ -9,7 +9,7 @@ from typing import Any
 from experiments.engine_bench.contestants import Prompts, Sample
 from experiments.engine_bench.failures import BenchError
 from experiments.engine_bench.memory import memory_use
-from experiments.engine_bench.peers.process import JsonProcess
+from experiments.engine_bench.peers.process import JsonProcess, environment
 from experiments.engine_bench.timing import Run
 
 _ASK = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
@@ -50,13 +50,14 @@ PEERS: Mapping[str, PeerKind] = {
 }
 
 
-def find_peer(name: str, python: str = sys.executable) -> PeerKind:
-    """The peer of that name, whose library `python` has. Raises BenchError."""
+def find_peer(name: str, python: str = sys.executable, env: Mapping[str, str] | None = None) -> PeerKind:
+    """The peer of that name, whose library `python` has with `env` added to its environment. Raises BenchError."""
     kind = PEERS.get(name)
     if kind is None:
         raise BenchError(f"--peer is {name!r}, but must be one of {', '.join(PEERS)}")
     try:
-        found = subprocess.run([python, "-c", _ASK, kind.imported], timeout=CHECK_TIMEOUT_S, check=False)
+        ask = [python, "-c", _ASK, kind.imported]
+        found = subprocess.run(ask, env=environment(env or {}), timeout=CHECK_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BenchError(f"--peer-python {python} does not run: {error}") from None
     if found.returncode != 0:

@@ -1,0 +1,297 @@
+"""A scenario on a real cluster of this machine, started as `octavo serve` starts it but without HTTP.
+
+Requests go to the coordinator as token ids of real text, faults are signals to expert processes, and what comes of it
+has the form of a simulation's result, so that one report shows both. A host is an expert process here.
+"""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+
+from actors import ray_runtime
+from actors.channels import WireCredentials
+from actors.command.progress import watch_start
+from actors.front.coordinator_client import CoordinatorClient, CoordinatorLost
+from actors.supervision.launch import ensure_supervisor
+from actors.supervision.runtime import Runtime
+from actors.supervision.status import ClusterStatus
+from cluster.config import ClusterConfig
+from cluster.load import balancedness
+from cluster.simulate import SimulationResult, Timeline
+from experiments.scenario.load import PhaseLoad, phase_loads
+from experiments.scenario.schema import Scenario, ScenarioError
+from experiments.scenario.signals import strike
+from experiments.scenario.slow_experts import runtime_for
+from experiments.scenario.texts import TextSource
+from protos.coordinator_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, Sampling, SnapshotReply, Submit
+from protos.outputs import is_last
+
+T = TypeVar("T")
+
+NAMESPACE = "octavo-experiment"
+START_TIMEOUT_S = 1800.0
+END_TIMEOUT_S = 120.0  # after the last phase, for what is still being answered
+CHOSEN = ("model", "namespace", "auth_token", "max_num_seqs", "max_num_batched_tokens", "balance", "balance_policy")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """One request: when it was sent, its first and its last token, in seconds of the run; tokens it got."""
+
+    sent_s: float
+    first_s: float
+    last_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def live_config(scenario: Scenario, model: Path, policy: str) -> ClusterConfig:
+    """The cluster that the scenario asks for. Balancing fields are given only where a policy needs them.
+
+    Raises ScenarioError, or ConfigError for a value out of its limits.
+    """
+    known = {one.name for one in dataclasses.fields(ClusterConfig)}
+    for name in scenario.live.config:
+        if name not in known or name in CHOSEN:
+            problem = "chosen by the scenario itself" if name in CHOSEN else "not a field of ClusterConfig"
+            raise ScenarioError(f"live.config.{name[:60]} is {problem}")
+    balance: dict[str, Any] = {} if policy == "static" else {"balance": "on", "balance_policy": policy}
+    if balance and "balance" not in known:
+        raise ScenarioError(f"policies has {policy!r}, but this version does not balance live: only static")
+    return ClusterConfig(
+        model=str(model),
+        namespace=f"{NAMESPACE}-{secrets.token_hex(4)}",  # nobody finds the one before, which may be about to end
+        auth_token=secrets.token_urlsafe(32),
+        max_num_seqs=scenario.max_num_seqs,
+        max_num_batched_tokens=scenario.max_num_batched_tokens,
+        **balance,
+        **{"prefix_caching": False, **scenario.live.config},  # the simulation knows of none
+    )
+
+
+def run_live(scenario: Scenario, model: Path, policy: str, seed: int, console: Console) -> SimulationResult:
+    """One policy, one seed: starts the cluster, runs the phases, ends it. Ray must have been joined."""
+
+    async def play(cluster: LiveCluster) -> SimulationResult:
+        return await cluster.run(scenario, phase_loads(scenario, seed))
+
+    config = live_config(scenario, model, policy)
+    return with_cluster(config, model, seed, console, play, row_us=scenario.live.row_us)
+
+
+def with_cluster(
+    config: ClusterConfig,
+    model: Path,
+    seed: int,
+    console: Console,
+    play: "Callable[[LiveCluster], Coroutine[None, None, T]]",
+    *,
+    row_us: float = 0.0,
+) -> T:
+    """What `play` makes of a cluster that is ended afterwards; with `row_us` > 0 its experts are slow by decree."""
+    assert config.auth_token is not None, "set by live_config"
+    with runtime_for(row_us) as runtime:
+        return _with_cluster(config, model, seed, console, play, runtime)
+
+
+def _with_cluster(
+    config: ClusterConfig,
+    model: Path,
+    seed: int,
+    console: Console,
+    play: "Callable[[LiveCluster], Coroutine[None, None, T]]",
+    runtime: Runtime,
+) -> T:
+    supervisor = ensure_supervisor(config, runtime)
+    try:
+        status = watch_start(supervisor.status, console, timeout_s=START_TIMEOUT_S)
+        credentials = WireCredentials(str(config.auth_token))
+
+        async def connected() -> T:
+            client = CoordinatorClient(status.coordinators[0].address, credentials)
+            texts = TextSource(model, seed, status.coordinators[0].max_model_len)
+            try:
+                await client.connect()
+                return await play(LiveCluster(client, texts, lambda: asyncio.to_thread(supervisor.status)))
+            finally:
+                await client.close()
+
+        return asyncio.run(connected())
+    finally:
+        supervisor.retire()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LiveCluster:
+    """A running cluster: a client of its coordinator, prompts for it, and its status."""
+
+    client: CoordinatorClient
+    texts: TextSource
+    status: Callable[[], Awaitable[ClusterStatus]]
+
+    async def run(self, scenario: Scenario, loads: list[PhaseLoad]) -> SimulationResult:
+        """The phases, once."""
+        return await LiveRun(self.client, self.texts, self.status).run(scenario, loads)
+
+
+class LiveRun:
+    """The phases on one coordinator, with a sampler and the faults beside them."""
+
+    def __init__(
+        self, client: CoordinatorClient, texts: TextSource, status: Callable[[], Awaitable[ClusterStatus]]
+    ) -> None:
+        self._client, self._texts, self._status = client, texts, status
+        self._answers: list[Answer] = []
+        self._num_failed = self._num_sent = 0
+        self._origin_s = 0.0
+        self._line = Timeline()
+        self._process_seconds = 0.0
+        self.snapshots: list[tuple[float, SnapshotReply]] = []
+        """The coordinator's counters at the beginning and at the end of each window, and when that was."""
+
+    async def run(self, scenario: Scenario, loads: list[PhaseLoad]) -> SimulationResult:
+        """Sends everything; raises what a lost cluster raises, not what a single request does."""
+        self._origin_s = time.monotonic()
+        async with AsyncExitStack() as beside:
+            await beside.enter_async_context(_beside(self._sample(scenario.hosts.window_s)))
+            for fault in scenario.faults:
+                await beside.enter_async_context(_beside(strike(fault, self._status, self._origin_s)))
+            tasks: set[asyncio.Task[None]] = set()
+            for load in loads:
+                await (self._closed(load, tasks) if load.phase.concurrency else self._open(load, tasks))
+            if tasks:
+                await asyncio.wait(tasks, timeout=END_TIMEOUT_S)
+            for task in tasks:
+                task.cancel()
+        return self._result()
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._origin_s
+
+    async def _until(self, at_s: float) -> None:
+        await asyncio.sleep(max(at_s - self._now_s(), 0.0))
+
+    async def _open(self, load: PhaseLoad, tasks: set[asyncio.Task[None]]) -> None:
+        for index, at_s in enumerate(load.arrival_s):
+            await self._until(load.begin_s + float(at_s))
+            tasks.add(asyncio.create_task(self._one(load, index)))
+        await self._until(load.begin_s + load.phase.duration_s)
+
+    async def _closed(self, load: PhaseLoad, tasks: set[asyncio.Task[None]]) -> None:
+        order = iter(range(len(load.arrival_s)))
+        end_s = load.begin_s + load.phase.duration_s
+
+        async def client() -> None:
+            while self._now_s() < end_s and (index := next(order, None)) is not None:
+                await self._one(load, index)
+
+        assert load.phase.concurrency is not None, "checked by the caller"
+        tasks.update(asyncio.create_task(client()) for _ in range(load.phase.concurrency))
+        await self._until(end_s)
+
+    async def _one(self, load: PhaseLoad, index: int) -> None:
+        """Sends one request and notes its answer; one that fails is counted."""
+        prompt = self._texts.prompt(load.phase.text, int(load.prompt_tokens[index]))
+        wanted = self._texts.room_for(len(prompt), int(load.output_tokens[index]))
+        self._num_sent += 1
+        sent_s, first_s, count, ended = self._now_s(), 0.0, 0, False
+        try:
+            async for output in self._client.generate(_submit(self._num_sent, prompt, wanted)):
+                if output.token_ids:
+                    first_s = first_s or self._now_s()
+                    count += len(output.token_ids)
+                if is_last(output):
+                    ended = output.finish_reason in (FINISH_REASON_LENGTH, FINISH_REASON_STOP)
+        except CoordinatorLost:
+            ended = False
+        if ended and count:
+            self._answers.append(Answer(sent_s, first_s, self._now_s(), len(prompt), count))
+        else:
+            self._num_failed += 1
+
+    async def _sample(self, window_s: float) -> None:
+        before, began_s = await self._client.snapshot(), self._now_s()
+        self.snapshots.append((began_s, before))
+        while True:
+            await self._until(began_s + window_s)
+            now, at_s = await self._client.snapshot(), self._now_s()
+            self.snapshots.append((at_s, now))
+            self._write_down(before, now, began_s, at_s, await self._status())
+            before, began_s = now, at_s
+
+    def _write_down(
+        self, before: SnapshotReply, now: SnapshotReply, began_s: float, at_s: float, status: ClusterStatus
+    ) -> None:
+        line, ready = self._line, sum(one.state == "ready" for one in status.replicas)
+        load_LE = np.array([one.tokens for one in now.load]) - np.array([one.tokens for one in before.load])
+        balanced_L = balancedness(load_LE)
+        line.at_s.append(at_s)
+        line.hosts.append(ready)
+        line.copies.append(sum(len(one.expert_ids) for one in status.replicas))
+        line.balancedness.append(float(balanced_L.mean()))
+        line.worst_balancedness.append(float(balanced_L.min()))
+        line.critical_share.append((now.expert_wait_s_total - before.expert_wait_s_total) / (at_s - began_s))
+        line.queue_s.append(float(getattr(now, "queue_s", 0.0)))
+        line.moved_bytes.append(int(getattr(getattr(status, "balance", None), "moved_bytes_total", 0)))
+        tokens = now.prompt_tokens_total + now.generated_tokens_total
+        line.tokens.append(int(tokens - before.prompt_tokens_total - before.generated_tokens_total))
+        self._process_seconds += ready * (at_s - began_s)
+
+    def _result(self) -> SimulationResult:
+        answers, line = self._answers, self._line
+        sent, first, last = (np.array([getattr(a, n) for a in answers]) for n in ("sent_s", "first_s", "last_s"))
+        outputs = np.array([a.output_tokens for a in answers])
+        several = outputs > 1
+        duration_s = max([a.last_s for a in answers], default=self._now_s())
+        counted_s = line.at_s[-1] if line.at_s else 0.0
+        rest = (line.hosts[-1] if line.hosts else 0) * max(duration_s - counted_s, 0.0)
+        return SimulationResult(
+            duration_s=duration_s,
+            num_steps=0,
+            num_tokens=sum(a.prompt_tokens + a.output_tokens - 1 for a in answers),
+            num_unfinished=self._num_failed,
+            ttft_s=first - sent,
+            tpot_s=(last - first)[several] / (outputs[several] - 1),
+            e2el_s=last - sent,
+            host_seconds=self._process_seconds + rest,
+            moved_bytes=line.moved_bytes[-1] if line.moved_bytes else 0,
+            num_copies=0,
+            timeline=line,
+            log=(),
+        )
+
+
+@asynccontextmanager
+async def _beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Runs it in the background and ends it at the block's end; if it failed meanwhile, that is raised there."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        (error,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(error, Exception):
+        raise error
+
+
+def _submit(request_id: int, prompt: list[int], num_tokens: int) -> Submit:
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        sampling=Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0, seed=1),
+    )
+
+
+def join_ray() -> None:
+    """A Ray of our own, which ends with this process."""
+    ray_runtime.start_local(NAMESPACE)
