@@ -23,15 +23,20 @@ def test_the_defaults_are_those_of_one_machine() -> None:
     assert (config.replicas, config.coordinators, config.experts_per_actor) == (1, 1, 1)
     assert config.bind_host == "127.0.0.1"
     assert config.auth_token is None
+    assert config.prefix_caching is True
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("enable_return_routed_experts", 1, "enable_return_routed_experts is 1, but must be true or false"),
+        ("prefix_caching", None, "prefix_caching is None, but must be true or false"),
         ("replicas", 0, "replicas is 0, but must be a whole number from 1 to 64"),
         ("replicas", True, "replicas is True"),
         ("replicas", 1.0, "replicas is 1.0"),
         ("coordinators", 65, "coordinators is 65"),
+        ("ingresses", 0, "ingresses is 0, but must be a whole number from 1 to 64"),
+        ("resume_s", 0, "resume_s is 0, but must be more than 0 and at most 86400 seconds"),
         ("experts_per_actor", 0, "experts_per_actor is 0"),
         ("kv_cache_bytes", 0, "kv_cache_bytes is 0"),
         ("block_size", 48, "block_size is 48, but must divide 128"),
@@ -52,6 +57,7 @@ def test_the_defaults_are_those_of_one_machine() -> None:
         ("expert_deadline_s", float("nan"), "expert_deadline_s is nan"),
         ("request_timeout_s", float("inf"), "request_timeout_s is inf"),
         ("drain_timeout_s", "30", "drain_timeout_s is '30'"),
+        ("max_queue_wait_s", 0, "max_queue_wait_s is 0, but must be more than 0"),
         ("device", "tpu", "device is 'tpu', but must be one of auto, cpu, cuda"),
         ("experts_device", "", "experts_device is ''"),
         ("transport", "rdma", "transport is 'rdma', but must be one of auto, shm, grpc"),
@@ -60,8 +66,17 @@ def test_the_defaults_are_those_of_one_machine() -> None:
         ("model", None, "model is None"),
         ("served_model_name", " ", "served_model_name is ' '"),
         ("bind_host", "a host", "bind_host is 'a host'"),
+        ("tls_server_name", "a/name", "tls_server_name is 'a/name'"),
         ("namespace", "-x", "namespace is '-x'"),
         ("namespace", "a" * 64, "namespace is"),
+        ("balance", "maybe", "balance is 'maybe', but must be one of off, dry_run, on"),
+        ("balance_policy", None, "balance_policy is None"),
+        ("balance_policy", "a b", "balance_policy is 'a b', but must be a shipped policy's name or module:function"),
+        ("balance_policy", "module:", "balance_policy is 'module:'"),
+        ("balance_interval_s", 0, "balance_interval_s is 0, but must be more than 0"),
+        ("balance_layer_ranges", 0, "balance_layer_ranges is 0, but must be a whole number from 1 to 4096"),
+        ("balance_bytes_per_s", 0, "balance_bytes_per_s is 0"),
+        ("expert_slots", 0, "expert_slots is 0"),
         ("expert_num_gpus", -1, "expert_num_gpus is -1"),
         ("expert_num_gpus", 1.5, "expert_num_gpus is 1.5, but must be from 0 to 16 and whole above 1"),
         ("expert_num_gpus", float("nan"), "expert_num_gpus is nan"),
@@ -95,6 +110,7 @@ def test_a_value_out_of_its_limits_is_named_with_them(name: str, value: object, 
         ({"tls_cert": "c.pem"}, "tls_cert is given without tls_key"),
         ({"tls_key": "k.pem"}, "tls_key is given without tls_cert"),
         ({"tls_ca": "ca.pem"}, "tls_ca is given without tls_cert"),
+        ({"tls_cert": "c", "tls_key": "k", "tls_server_name": "n"}, "tls_server_name is given without tls_ca"),
         ({"experts_device": "cpu", "expert_num_gpus": 0.5}, "expert_num_gpus is 0.5, but experts_device is cpu"),
         ({"kernel": "fp8", "experts_device": "cpu"}, "kernel is fp8, which does not run on experts_device cpu"),
         ({"kernel": "int8", "experts_device": "cuda"}, "kernel is int8, which does not run on experts_device cuda"),
@@ -111,7 +127,9 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
     [
         {"bind_host": "0.0.0.0"},
         {"bind_host": "fe80::1%eth0"},
+        {"bind_host": "node"},
         {"tls_cert": "c", "tls_key": "k", "tls_ca": "ca"},
+        {"tls_cert": "c", "tls_key": "k", "tls_ca": "ca", "tls_server_name": "octavo.internal"},
         {"experts_device": "cpu", "expert_num_gpus": 0},
         {"expert_num_gpus": 0.25},
         {"expert_num_gpus": 2},
@@ -192,6 +210,14 @@ def test_the_context_limit(max_model_len: int | None, limit: int) -> None:
     assert make(max_model_len=max_model_len).context_limit(512) == limit
 
 
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("False", False), ("0", False)])
+def test_a_flag_in_the_environment(text: str, value: bool) -> None:
+    config = from_environment(make(), {"OCTAVO_ENABLE_RETURN_ROUTED_EXPERTS": text})
+    assert config.enable_return_routed_experts is value
+    with pytest.raises(ConfigError, match="OCTAVO_ENABLE_RETURN_ROUTED_EXPERTS is 'perhaps', but must be bool"):
+        from_environment(make(), {"OCTAVO_ENABLE_RETURN_ROUTED_EXPERTS": "perhaps"})
+
+
 def test_the_environment_overrides_field_by_field() -> None:
     base = make(auth_token=TOKEN, replicas=2)
     environ = {
@@ -232,3 +258,17 @@ def test_the_environment_overrides_field_by_field() -> None:
 def test_nonsense_in_the_environment_is_named(variable: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_environment(make(), {variable: text})
+
+
+def test_there_are_no_more_layer_ranges_than_layers() -> None:
+    make(balance_layer_ranges=4).check_layers(4)
+    with pytest.raises(ConfigError, match="balance_layer_ranges is 5, but the model has 4 layers"):
+        make(balance_layer_ranges=5).check_layers(4)
+
+
+def test_balancing_is_off_and_a_plug_in_may_be_named() -> None:
+    assert (make().balance, make().balance_policy, make().expert_slots) == ("off", "incremental", None)
+    assert make(balance_policy="my.module:Policy_2").balance_policy == "my.module:Policy_2"
+    changed = from_environment(make(), {"OCTAVO_BALANCE": "on", "OCTAVO_EXPERT_SLOTS": "3"})
+    assert (changed.balance, changed.expert_slots) == ("on", 3)
+    assert from_environment(changed, {"OCTAVO_EXPERT_SLOTS": ""}).expert_slots is None

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.config import ClusterConfig, ConfigError
-from cluster.desired import desired_replicas, replica_id
+from cluster.desired import desired_replicas
 
 
 def config(replicas: int = 1, experts_per_actor: int = 1, expert_num_gpus: float | None = None) -> ClusterConfig:
@@ -44,8 +44,3 @@ def test_gpus_follow_the_device_unless_overridden(on_gpu: bool, override: float 
 def test_groups_must_come_out_even() -> None:
     with pytest.raises(ConfigError, match="experts_per_actor is 3"):
         desired_replicas(config(experts_per_actor=3), num_layers=1, num_experts=8, experts_on_gpu=False)
-
-
-def test_names_tell_what_is_inside() -> None:
-    assert replica_id(3, 1, 0) == "expert-3-r0"
-    assert replica_id(4, 4, 2) == "experts-4-7-r2"

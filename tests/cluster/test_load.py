@@ -18,6 +18,13 @@ def test_totals_add_up_and_are_copies() -> None:
     assert counter.total[0, 0] == counter.window.load[0, 0] == 2
 
 
+@pytest.mark.parametrize("counts", [(1, 2), (1, 2, 3, 4)])
+def test_counts_of_other_experts_are_refused(counts: tuple[int, ...]) -> None:
+    counter = LoadCounter(2, 3)
+    with pytest.raises(ValueError, match=f"counts of {len(counts)} experts, expected 3"):
+        counter.add(0, counts)
+
+
 def test_the_window_forgets_slot_by_slot() -> None:
     window = LoadWindow(1, 1, window_s=30.0, num_slots=3)
     for now_s, expected in [
@@ -41,6 +48,18 @@ def test_the_total_does_not_forget() -> None:
         counter.roll(now_s)
         counter.add(0, (2,))
     assert (counter.total.item(), counter.window.load.item()) == (6, 2)
+
+
+def test_the_window_says_what_time_it_is_from() -> None:
+    window = LoadWindow(1, 1, window_s=30.0, num_slots=3)
+    assert window.covered_s == 0.0
+    for now_s, covered_s in [(105.0, 0.0), (108.0, 3.0), (110.0, 5.0), (125.0, 20.0), (129.0, 24.0), (130.0, 20.0)]:
+        window.roll(now_s)
+        assert window.covered_s == pytest.approx(covered_s), now_s
+    window.roll(50.0)
+    assert window.covered_s == pytest.approx(20.0), "a clock that steps back"
+    window.roll(1009.0)
+    assert window.covered_s == pytest.approx(29.0)
 
 
 def test_a_clock_that_steps_back_loses_nothing() -> None:

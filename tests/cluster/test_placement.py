@@ -1,6 +1,7 @@
 """Replicas are spread, copies kept apart, and nothing is moved."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -10,11 +11,30 @@ from hypothesis import strategies as st
 
 from cluster.desired import DesiredReplica
 from cluster.ids import CoordinatorId, ExpertId, LayerId, NodeId, ReplicaId
-from cluster.placement import NodeSlots, PlacementError, place, place_coordinators, with_nodes
+from cluster.placement import (
+    COORDINATOR_HOST,
+    EXPERT_HOST,
+    ZONE_LABEL,
+    NodeSlots,
+    PlacementError,
+    is_role,
+    place,
+    place_coordinators,
+    with_nodes,
+)
 
 
-def node(name: str, *, gpu: float = 0, cpu: float = 4, memory: int = 100) -> NodeSlots:
-    return NodeSlots(node_id=NodeId(name), gpu=gpu, cpu=cpu, memory_bytes=memory)
+def node(
+    name: str, *, gpu: float = 0, cpu: float = 4, memory: int = 100, zone: str | None = None, role: str | None = None
+) -> NodeSlots:
+    return NodeSlots(
+        node_id=NodeId(name),
+        gpu=gpu,
+        cpu=cpu,
+        memory_bytes=memory,
+        labels={} if zone is None else {ZONE_LABEL: zone},
+        roles=frozenset() if role is None else frozenset({role}),
+    )
 
 
 def replica(expert: int, copy: int = 0, *, gpu: float = 0, memory: int = 10) -> DesiredReplica:
@@ -54,6 +74,72 @@ def test_copies_go_to_different_nodes() -> None:
     placement = place(wanted, [node("n0"), node("n1")], {})
     assert shared(placement, wanted) == 0
     assert Counter(placement.values()) == {"n0": 8, "n1": 8}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_go_to_different_zones(seed: int) -> None:
+    """Sixteen nodes that hold one replica each, eight in each of two zones, in whatever order they are listed."""
+    nodes = [node(f"n{i:02}", gpu=1, zone=f"zone-{'ab'[i % 2]}") for i in Random(seed).sample(range(16), 16)]
+    zones = {slots.node_id: slots.labels[ZONE_LABEL] for slots in nodes}
+    wanted = replicas(8, 2, gpu=1)
+    placement = place(wanted, nodes, {})
+    for expert in range(8):
+        assert len({zones[placement[ReplicaId(f"expert-{expert}-r{copy}")]] for copy in range(2)}) == 2
+
+
+def test_a_full_zone_is_no_reason_to_have_one_copy_less() -> None:
+    nodes = [node("a0", zone="a"), node("a1", zone="a"), node("b0", zone="b", memory=10)]
+    placement = place(replicas(2, 2), nodes, {})
+    assert len(placement) == 4
+    assert shared(placement, replicas(2, 2)) == 0
+
+
+def test_a_node_takes_only_what_it_is_for() -> None:
+    nodes = [node("any"), node("experts", role=EXPERT_HOST), node("coordinators", role=COORDINATOR_HOST)]
+    nodes.append(node("nobody", role="octavo_control_host", memory=10_000))
+    assert set(place(replicas(8), nodes, {}).values()) == {"any", "experts"}
+    assert [slots.node_id for slots in nodes if slots.takes(COORDINATOR_HOST)] == ["any", "coordinators"]
+    stays = {ReplicaId("expert-0-r0"): NodeId("nobody")}
+    assert place(replicas(1), nodes, stays) == stays, "what is placed stays"
+    with pytest.raises(PlacementError, match="expert-0-r0 fits on no node: no node is for experts"):
+        place(replicas(1), nodes[2:], {})
+    with pytest.raises(PlacementError, match="expert-0-r0 fits on no node: no node answers"):
+        place(replicas(1), nodes[1:], {}, shunned={NodeId("experts")})
+
+
+def test_which_resources_are_roles() -> None:
+    names = [EXPERT_HOST, COORDINATOR_HOST, "octavo_control_host", "CPU", "octavo_host", "my_octavo_expert_host"]
+    assert [is_role(name) for name in names] == [True, True, True, False, False, False]
+
+
+def test_after_a_loss_two_copies_on_the_last_node_are_better_than_one() -> None:
+    wanted = replicas(4, 2)
+    nodes = [node("n0"), node("n1")]
+    before = place(wanted, nodes, {})
+    survivors = {r: n for r, n in before.items() if n == "n0"}
+    assert set(place(wanted, nodes[:1], survivors).values()) == {"n0"}
+    third = [node("n0"), node("n2")]
+    assert shared(place(wanted, third, survivors), wanted) == 0, "where there is another node, it is taken"
+
+
+def test_nobody_new_goes_to_a_node_that_is_shunned_and_nobody_leaves_it() -> None:
+    wanted = replicas(4, 2)
+    nodes = [node("n0"), node("n1")]
+    before = place(wanted, nodes, {})
+    stays = {r: n for r, n in before.items() if n == "n1"}
+    after = place(wanted, nodes, stays, shunned={NodeId("n1")})
+    assert {r: n for r, n in after.items() if n == "n1"} == stays
+    with pytest.raises(PlacementError, match="expert-0-r0 fits on no node: no node answers, and 7 more"):
+        place(wanted, nodes, {}, shunned={NodeId("n0"), NodeId("n1")})
+
+
+def test_who_lives_does_not_move_when_a_node_comes_back_but_the_next_one_goes_there() -> None:
+    wanted = replicas(2, 2)
+    crowded = place(wanted, [node("n0")], {})
+    both = [node("n0"), node("n1")]
+    assert place(wanted, both, crowded) == crowded
+    lost_again = {r: n for r, n in crowded.items() if r != "expert-1-r1"}
+    assert place(wanted, both, lost_again)[ReplicaId("expert-1-r1")] == "n1"
 
 
 def test_copies_are_apart_in_a_cluster_that_is_full() -> None:
@@ -138,6 +224,20 @@ def test_any_order_gives_the_same_and_copies_are_apart_wherever_that_is_possible
         for candidate in [dict(zip([r.replica_id for r in wanted], choice, strict=True))]
     )
     assert shared(placement, wanted) == best
+
+
+def test_who_names_a_node_goes_there_or_nowhere() -> None:
+    wanted = [replace(replica(0), node_id=NodeId("n1")), replace(replica(1), node_id=NodeId("n1")), replica(2)]
+    nodes = [node("n0"), node("n1", memory=10)]
+    with pytest.raises(PlacementError, match="memory_bytes 10 wanted, 0 free on n1") as caught:
+        place(wanted, nodes, {})
+    assert caught.value.placed == {"expert-0-r0": "n1", "expert-2-r0": "n0"}
+    with pytest.raises(PlacementError, match="n1 does not answer"):
+        place(wanted[:1], nodes, {}, shunned={NodeId("n1")})
+    with pytest.raises(PlacementError, match="n1 does not answer"):
+        place(wanted[:1], nodes[:1], {})
+    stays = place(wanted[:1], nodes, {wanted[0].replica_id: NodeId("n0")})
+    assert stays == {"expert-0-r0": "n0"}, "who is somewhere already stays"
 
 
 def test_nodes_are_filled_in() -> None:

@@ -11,6 +11,7 @@ from cluster.expert_map import ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from cluster.processes import ProcessPolicy
 from cluster.reconcile import (
+    GROWS_AFTER_S,
     Action,
     ObservedReplica,
     Phase,
@@ -22,6 +23,7 @@ from cluster.reconcile import (
 )
 
 NUM_LAYERS = 2
+LATE_S = 2.0 + GROWS_AFTER_S
 POLICY = ProcessPolicy(backoff_base_s=1.0, backoff_cap_s=8.0, stable_s=20.0, start_timeout_s=12.0, stop_timeout_s=10.0)
 
 
@@ -147,8 +149,84 @@ def test_a_new_supervisor_goes_on_from_the_old_epoch() -> None:
     assert state.records[only.replica_id].incarnation == 5
 
 
-@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.STOPPING, Phase.DEAD])
-def test_only_a_ready_replica_has_an_address(phase: Phase) -> None:
+def loads(replica: DesiredReplica, num_layers: int, domain: str = "fp16") -> ObservedReplica:
+    """A replica that still loads and serves so many leading layers."""
+    part = replace(info(replica, domain=domain), num_layers=num_layers)
+    return replace(seen(replica, Phase.STARTING), info=part)
+
+
+def deep(replica: DesiredReplica, num_layers: int = 16) -> DesiredReplica:
+    return replace(replica, num_layers=num_layers)
+
+
+def whole(*replicas: DesiredReplica) -> ReconcileState:
+    _, state = reconcile(replicas, [], 0.0, ReconcileState.initial(16, 1))
+    _, state = reconcile(replicas, [seen(r, Phase.READY) for r in replicas], 1.0, state)
+    return state
+
+
+def test_a_copy_that_loads_joins_in_steps_beside_one_that_is_whole() -> None:
+    first, copy = deep(wanted(0)), deep(wanted(0, 1))
+    _, state = reconcile([first, copy], [seen(first, Phase.READY)], 2.0, whole(first))
+    found = []
+    for num_layers in range(17):
+        views = [seen(first, Phase.READY), loads(copy, num_layers) if num_layers else seen(copy, Phase.STARTING)]
+        actions, state = reconcile([first, copy], views, LATE_S + num_layers, state)
+        assert all(isinstance(action, PublishMap) for action in actions)
+        found.append(sum(one.num_layers for one in state.expert_map.replicas if one.replica_id == copy.replica_id))
+    assert found == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 12], "it is whole when it is ready"
+    actions, state = reconcile([first, copy], [seen(r, Phase.READY) for r in (first, copy)], LATE_S + 30.0, state)
+    assert actions == (PublishMap(state.expert_map),)
+    assert [one.num_layers for one in state.expert_map.replicas] == [16, 16]
+
+
+def test_a_part_is_no_reason_to_let_go_of_who_is_whole() -> None:
+    first, copy = deep(wanted(0)), deep(wanted(0, 1))
+    _, state = reconcile([first, copy], [seen(first, Phase.READY)], 2.0, whole(first))
+    _, state = reconcile([copy], [seen(first, Phase.READY), loads(copy, 8)], LATE_S + 3.0, state)
+    assert mapped(state) == ["expert-0-r0", "expert-0-r1"]
+    _, state = reconcile([copy], [seen(first, Phase.READY), loads(copy, 12)], LATE_S + 4.0, state)
+    assert mapped(state) == ["expert-0-r0", "expert-0-r1"], "its last layers have nobody else"
+    _, state = reconcile([copy], [seen(first, Phase.READY), seen(copy, Phase.READY)], LATE_S + 5.0, state)
+    actions, state = reconcile([copy], [seen(first, Phase.READY), seen(copy, Phase.READY)], LATE_S + 6.0, state)
+    assert StopReplica(first.replica_id, 1, True, "not wanted any more") in actions
+    assert mapped(state) == ["expert-0-r1"]
+
+
+def test_a_part_stays_out_alone_in_another_domain_and_when_it_is_not_what_was_asked_for() -> None:
+    first, copy = deep(wanted(0)), deep(wanted(0, 1))
+    _, alone = reconcile([copy], [], 0.0, ReconcileState.initial(16, 1))
+    _, alone = reconcile([copy], [loads(copy, 8)], LATE_S, alone)
+    assert mapped(alone) == []
+    _, state = reconcile([first, copy], [seen(first, Phase.READY)], 2.0, whole(first))
+    for odd in (loads(copy, 8, domain="fp16+fp32"), loads(replace(copy, first_layer=LayerId(1), num_layers=8), 8)):
+        _, after = reconcile([first, copy], [seen(first, Phase.READY), odd], LATE_S + 3.0, state)
+        assert mapped(after) == ["expert-0-r0"]
+        assert after.refused == {}, "it may agree when it is whole"
+
+
+def test_a_part_that_dies_leaves_the_map() -> None:
+    first, copy = deep(wanted(0)), deep(wanted(0, 1))
+    _, state = reconcile([first, copy], [seen(first, Phase.READY)], 2.0, whole(first))
+    _, state = reconcile([first, copy], [seen(first, Phase.READY), loads(copy, 8)], LATE_S + 3.0, state)
+    assert mapped(state) == ["expert-0-r0", "expert-0-r1"]
+    actions, state = reconcile([first, copy], [seen(first, Phase.READY), seen(copy, Phase.DEAD)], LATE_S + 4.0, state)
+    assert mapped(state) == ["expert-0-r0"]
+    assert StartReplica(copy, 2) in actions
+
+
+def test_a_copy_that_is_whole_soon_is_not_asked_before() -> None:
+    first, copy = deep(wanted(0)), deep(wanted(0, 1))
+    _, state = reconcile([first, copy], [seen(first, Phase.READY)], 2.0, whole(first))
+    views = [seen(first, Phase.READY), loads(copy, 8)]
+    _, soon = reconcile([first, copy], views, 2.0 + GROWS_AFTER_S - 0.1, state)
+    assert mapped(soon) == ["expert-0-r0"]
+    _, late = reconcile([first, copy], views, 2.0 + GROWS_AFTER_S, soon)
+    assert mapped(late) == ["expert-0-r0", "expert-0-r1"]
+
+
+@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.DEAD])
+def test_only_a_replica_that_serves_has_an_address(phase: Phase) -> None:
     only = wanted(0)
     with pytest.raises(AssertionError):
         ObservedReplica(replica_id=only.replica_id, incarnation=1, phase=phase, info=info(only))

@@ -266,6 +266,64 @@ def test_an_abandoned_step_is_done_again() -> None:
     assert scheduler.counters.steps == 0
 
 
+def test_a_step_can_be_kept_to_a_few_and_the_others_lose_nothing() -> None:
+    scheduler = make()
+    first, second, third = sequence(1, 5), sequence(2, 2), sequence(3, 3)
+    added(scheduler, first, second)
+    step(scheduler)
+    scheduler.add(third)
+    batch = scheduler.schedule(0.0, only=frozenset({second.seq_id}))
+    assert shares(batch) == [(2, 2, 1)]
+    scheduler.abandon(batch)
+    nobody = scheduler.schedule(0.0, only=frozenset({SequenceId(9)}))
+    assert nobody.items == ()
+    scheduler.abandon(nobody)
+    scheduler.check_integrity()
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+    assert shares(scheduler.schedule(0.0)) == [(1, 5, 1), (2, 2, 1), (3, 0, 3)]
+
+
+def test_who_stands_before_the_few_gets_its_blocks_without_being_computed() -> None:
+    """So that the order of arrival is kept, on which preemption relies."""
+    scheduler = make()
+    first, second, third = sequence(1, 5), sequence(2, 2), sequence(3, 3)
+    added(scheduler, first, second, third)
+    batch = scheduler.schedule(0.0, only=frozenset({second.seq_id}))
+    assert shares(batch) == [(2, 0, 2)]
+    assert (first.status, third.status) == (SequenceStatus.RUNNING, SequenceStatus.RUNNING)
+    scheduler.postprocess(batch, {second.seq_id: [7]})
+    scheduler.check_integrity()
+    assert shares(scheduler.schedule(0.0)) == [(2, 2, 1), (1, 0, 5), (3, 0, 2)]
+
+
+def test_starting_over_needs_nothing_but_the_sequences() -> None:
+    """Whatever a half-written step left behind, the tokens are the same in the end."""
+    scheduler, model = make(num_blocks=20), PagedFakeModel(20, 4)
+    everybody = [sequence(i, 3 + i, max_tokens=12, stop=[EOS]) for i in range(6)]
+    added(scheduler, *everybody)
+    for _ in range(6):
+        batch = scheduler.schedule(0.0)
+        model.write(batch)
+        scheduler.postprocess(batch, model.sample(batch))
+    gone = [one for one in everybody if one.is_finished]
+    scheduler.cancel(everybody[-1].seq_id)
+    left = [one for one in everybody if not one.is_finished]
+    assert left
+    scheduler.schedule(0.0)
+    scheduler.blocks.allocate(1)  # lost
+    left[0].block_table.append(left[0].block_table[0])  # held twice
+    left[0].status, left[0].finish_reason = SequenceStatus.FINISHED, FinishReason.LENGTH  # ended, but nobody heard
+    scheduler.start_over(reversed(left))
+    scheduler.check_integrity()
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_free) == (0, len(left), 20)
+    while scheduler.num_running + scheduler.num_waiting:
+        batch = scheduler.schedule(0.0)
+        model.write(batch)
+        scheduler.postprocess(batch, model.sample(batch))
+        scheduler.check_integrity()
+    assert [s.output_ids for s in (*gone, *left)] == [expected_output(s, 1000) for s in (*gone, *left)]
+
+
 def test_deadlines_are_listed_and_removed_wherever_the_sequence_is() -> None:
     scheduler = make(max_num_seqs=1)
     running, waiting, patient = sequence(1, 2, deadline_s=5.0), sequence(2, 2, deadline_s=5.0), sequence(3, 2)

@@ -1,6 +1,6 @@
 """Whatever happens to a scheduler with far too little memory, its answers are those of one with plenty.
 
-Guessing included: it may make answers come sooner, and changes nothing else.
+Guessing and sharing KV blocks included: they may make answers come sooner, and change nothing else.
 """
 
 import copy
@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from cluster.ids import SequenceId
+from cluster.prefix_hash import root_key
 from cluster.prompt_lookup import PromptLookupConfig
 from cluster.scheduler import (
     QueueFull,
@@ -31,6 +32,9 @@ from cluster.sequence import FinishReason, Sequence
 from tests.support.fake_model import EOS, VOCABULARY, PagedFakeModel, expected_output
 
 TOKEN_IDS = st.integers(0, VOCABULARY - 1)
+PREFIX = (5, 1, 7, 5, 2, 9, 5, 1, 7, 4)
+"""What many prompts begin with."""
+TENANTS = ("", "", "", "", "one")
 OWN_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -69,10 +73,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.updates: dict[SequenceId, list[int]] = {}
         self.scored: dict[SequenceId, list[int]] = {}
+        self.experts: dict[SequenceId, set[int]] = {}
         self.ended: list[SequenceId] = []
 
     @initialize(
-        num_blocks=st.integers(4, 8),
+        num_blocks=st.sampled_from([4, 5, 6, 7, 8, 16, 24]),
         block_size=st.sampled_from([1, 2, 2, 4]),
         max_num_seqs=st.integers(2, 5),
         spare_budget=st.integers(0, 12),
@@ -80,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_waiting_tokens=st.integers(8, 60),
         max_model_len=st.integers(6, 40),
         prompt_lookup=st.one_of(st.none(), lookups(), lookups(), lookups()),
+        prefix_caching=st.sampled_from([True, True, False]),
     )
     def start(
         self,
@@ -91,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_waiting_tokens: int,
         max_model_len: int,
         prompt_lookup: PromptLookupConfig | None,
+        prefix_caching: bool,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -100,29 +107,37 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting_tokens=max_waiting_tokens,
             max_model_len=max_model_len,
             prompt_lookup=prompt_lookup,
+            prefix_caching=prefix_caching,
         )
         self.scheduler = Scheduler(self.config, num_blocks)
         self.model = PagedFakeModel(num_blocks, block_size)
 
     @rule(
-        prompt=st.lists(TOKEN_IDS, min_size=1, max_size=7),
+        common=st.sampled_from([0, 0, 3, 5, 6, 8]),
+        own=st.lists(TOKEN_IDS, max_size=7),
         max_tokens=st.sampled_from([0, 1, 2, 8, 10, 12, 14, 18]),
         min_tokens=st.integers(0, 6),
         stop=st.frozensets(TOKEN_IDS, max_size=1),
         ignore_eos=st.sampled_from([True, True, False]),
         patience_s=st.sampled_from([None, None, None, 5, 20]),
-        scored=st.booleans(),
+        scored=st.sampled_from([False, False, False, True]),
+        told_experts=st.sampled_from([False] * 5 + [True]),
+        tenant=st.sampled_from(TENANTS),
     )
     def add(
         self,
-        prompt: list[int],
+        common: int,
+        own: list[int],
         max_tokens: int,
         min_tokens: int,
         stop: frozenset[int],
         ignore_eos: bool,
         patience_s: int | None,
         scored: bool,
+        told_experts: bool,
+        tenant: str,
     ) -> None:
+        prompt = [*PREFIX[:common], *own] or [0]
         sequence = Sequence(
             seq_id=SequenceId(len(self.sequences)),
             prompt_ids=tuple(prompt),
@@ -133,6 +148,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             deadline_s=None if patience_s is None else self.now_s + patience_s,
             wants_prompt_logprobs=scored or max_tokens == 0,
+            wants_routed_experts=told_experts,
+            prefix_root=root_key(tenant, b""),
         )
         waiting, tokens = self.scheduler.num_waiting, self.scheduler.num_waiting_tokens
         try:
@@ -179,6 +196,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(batch.items) == bool(alive), "a step with work to do does some of it"
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         assert len({item.sequence for item in batch.items}) == len(batch.items) <= self.config.max_num_seqs
+        for item in batch.items:
+            for index in range(item.start // self.config.block_size, len(item.block_table)):
+                block = item.block_table[index]
+                books = self.scheduler.blocks
+                assert (books.holders(block), books.key(block)) == (1, None), "a shared block is written"
+            self.experts.setdefault(item.sequence.seq_id, set()).update(range(item.start, item.stop))
         self.model.write(batch)
 
     def check_guesses(self, item: ScheduledSequence) -> None:
@@ -215,6 +238,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.end_step()
             self.is_sound()
 
+    @rule()
+    def distrust(self) -> None:
+        self.scheduler.forget_prefixes()
+        assert self.scheduler.blocks.num_cached == 0
+
     @precondition(lambda self: self.batch is not None)
     @rule()
     def lose_step(self) -> None:
@@ -249,10 +277,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         counters = self.scheduler.counters
         assert counters.generated_tokens == sum(len(tokens) for tokens in self.updates.values())
         assert counters.preemptions == sum(sequence.num_preemptions for sequence in self.sequences)
-        assert counters.prompt_tokens == sum(min(s.peak_computed, s.num_prompt) for s in self.sequences)
+        computed = sum(min(s.peak_computed, s.num_prompt) for s in self.sequences)
+        fresh = sum(max(0, min(s.peak_computed, s.num_prompt) - s.num_cached_prompt) for s in self.sequences)
+        if counters.preemptions:  # who starts again may find more than before, or less
+            assert counters.prompt_tokens <= computed
+        else:
+            assert counters.prompt_tokens == fresh
+        assert counters.prefix_hits == sum(s.num_cached for s in self.sequences)
+        assert self.config.prefix_caching or not counters.prefix_queries
         assert counters.accepted_draft_tokens <= counters.draft_tokens
         assert all(sequence.lookup is None for sequence in self.sequences), "an index outlives its sequence"
         ACCEPTED.append(counters.accepted_draft_tokens)
+        HITS.append(counters.prefix_hits)
 
     def check_answer(self, sequence: Sequence) -> None:
         expected = expected_output(sequence, self.scheduler.max_model_len)
@@ -271,14 +307,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert tokens == expected[: len(tokens)]
             assert sequence.seq_id not in self.ended
 
+        if sequence.wants_routed_experts:
+            computed = self.experts.get(sequence.seq_id, set())
+            assert computed >= set(range(sequence.peak_computed)), "somebody must say which experts it took"
+
 
 ACCEPTED: list[int] = []
+HITS: list[int] = []
 
 
 def test_random_histories_are_exact_sound_and_come_to_an_end() -> None:
     ACCEPTED.clear()
+    HITS.clear()
     run_state_machine_as_test(
         SchedulerMachine,
-        settings=settings(max_examples=120, stateful_step_count=50, deadline=None, derandomize=True),
+        settings=settings(max_examples=300, stateful_step_count=50, deadline=None, derandomize=True),
     )
     assert sum(ACCEPTED) > 100, "guesses that never come true prove nothing"
+    assert sum(HITS) > 50, "prefixes that are never found prove nothing"

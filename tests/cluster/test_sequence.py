@@ -13,6 +13,7 @@ def make(
     *,
     ignore_eos: bool = False,
     wants_prompt_logprobs: bool = False,
+    follows_grammar: bool = False,
 ) -> Sequence:
     return Sequence(
         seq_id=SequenceId(1),
@@ -23,6 +24,7 @@ def make(
         stop_token_ids=frozenset([9]),
         ignore_eos=ignore_eos,
         wants_prompt_logprobs=wants_prompt_logprobs,
+        follows_grammar=follows_grammar,
     )
 
 
@@ -69,6 +71,18 @@ def test_what_would_end_it_is_forbidden_below_min_tokens() -> None:
     assert growing.receive(2, 100) is None, "a sampler that ignores the ban does not end it either"
     assert growing.forbidden_ids() == frozenset()
     assert growing.receive(2, 100) is FinishReason.STOP
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_where_it_follows_a_grammar_an_end_of_sequence_always_ends_it(ignore_eos: bool) -> None:
+    bound = make(min_tokens=3, ignore_eos=ignore_eos, follows_grammar=True)
+    assert bound.stop_ids == {2, 9}, "no guess may go beyond it"
+    assert bound.forbidden_ids() == {2, 9}
+    assert bound.receive(9, 100) is None, "a stop token has to wait for min_tokens"
+    assert bound.receive(2, 100) is FinishReason.STOP
+    longer = make(min_tokens=1, ignore_eos=ignore_eos, follows_grammar=True)
+    longer.receive(5, 100)
+    assert longer.forbidden_ids() == ({2} if ignore_eos else set())
 
 
 def test_the_last_allowed_token_ends_it_by_length_unless_it_stops() -> None:

@@ -3,8 +3,9 @@
 import pytest
 
 from cluster.ids import SequenceId
+from cluster.queue_pace import RATE_WINDOW_S
 from cluster.sequence import Sequence
-from cluster.waiting_queue import MAX_RETRY_S, MIN_RETRY_S, RATE_WINDOW_S, QueueFull, WaitingQueue
+from cluster.waiting_queue import MAX_RETRY_S, MIN_RETRY_S, QueueFull, WaitingQueue
 
 
 def sequence(number: int, length: int = 1) -> Sequence:
@@ -61,6 +62,31 @@ def test_a_full_queue_says_which_limit() -> None:
     assert "3 requests are waiting; max_waiting_requests is 3" in str(refusal(filled(3, max_requests=3)))
     full = refusal(filled(2, length=4, max_tokens=10), length=3)
     assert "8 tokens are waiting and 3 more are asked for; max_waiting_tokens is 10" in str(full)
+
+
+def test_what_goes_on_from_elsewhere_may_fill_as_much_again_and_no_more() -> None:
+    queue = filled(3, length=3, max_requests=3, max_tokens=9)
+
+    def going_on(number: int, generated: int) -> Sequence:
+        return Sequence(seq_id=SequenceId(number), prompt_ids=[0], max_tokens=99, generated_ids=[7] * generated)
+
+    refusal(queue)
+    for number in (10, 11):
+        queue.push(going_on(number, 2))
+    with pytest.raises(QueueFull, match="15 tokens are waiting and 5 more"):
+        queue.push(going_on(12, 4))
+    queue.push(going_on(12, 2))
+    assert (len(queue), queue.num_tokens) == (6, 18)
+    with pytest.raises(QueueFull, match="6 requests are waiting; max_waiting_requests is 3"):
+        queue.push(going_on(13, 1))
+    refusal(queue)
+
+
+def test_an_empty_queue_takes_what_goes_on_however_long_it_has_become() -> None:
+    queue = WaitingQueue(3, 9)
+    queue.push(Sequence(seq_id=SequenceId(1), prompt_ids=[0] * 9, max_tokens=99, generated_ids=[7] * 40))
+    assert queue.num_tokens == 49
+    refusal(queue)
 
 
 def test_without_a_past_the_wait_is_the_least() -> None:

@@ -153,3 +153,14 @@ def test_every_token_is_answered_once_with_all_keys_that_it_sees(
             last = positions[tokens[row]]
             assert len(read) == len(set(read)) == min(last + 1, window or last + 1)
             assert read[-1] == slots[tokens[row]]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("firsts", [[0], [5, 5], [0, 77, 300]])
+def test_masks_made_anew_are_those_of_the_table(window: int | None, firsts: list[int]) -> None:
+    masks = Masks(shape(window=window), "cpu")
+    for rows, keys in ((1, 32), (8, 512), (32, 64)):
+        made = masks.made(firsts, rows, keys)
+        assert made.is_contiguous()
+        assert made.shape == (len(firsts), 1, rows, keys)
+        assert torch.equal(made, masks.rows(firsts, rows, keys).expand(made.shape))

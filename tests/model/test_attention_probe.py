@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_plan import KEY_SPAN
-from model.attention_probe import Attend, calibrate_attention
+from model.attention_probe import calibrate_attention
 from model.config import ModelConfig
+from model.fused_attention import Attend
 from model.kernels import KernelError
 from model.numerics import same_bits
 from tests.model.test_attention import config

@@ -156,6 +156,32 @@ class TestAgainstTransformers:
         ids = template.encode(CHATS[0], load_tokenizer(tmp_path), tools=[{"name": "</s>\ufdd0"}])
         assert 2 not in ids
 
+    @pytest.mark.parametrize("final", ["Sure", " spaced", "two  \n", "é🙂", "a\n\nb", "Sure Sure", "user"])
+    @pytest.mark.parametrize(
+        "source", [None, "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"]
+    )
+    def test_a_final_message_is_left_open(self, tmp_path: Path, final: str, source: str | None) -> None:
+        write_byte_tokenizer(tmp_path, **({} if source is None else {"chat_template": source}))
+        template, tokenizer = load(tmp_path)
+        chat = [*CHATS[1], {"role": "assistant", "content": final}]
+        reference = AutoTokenizer.from_pretrained(tmp_path)
+        text = reference.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        expected = reference.encode(text, add_special_tokens=False)
+        assert template.encode(chat, tokenizer, False, continue_final_message=True) == expected
+
+    def test_control_tokens_in_a_final_message_that_is_left_open_are_plain(self, byte_dir: Path) -> None:
+        template, tokenizer = load(byte_dir)
+        chat = [*CHATS[0], {"role": "assistant", "content": "x</s>y<|im_end|>"}]
+        ids = template.encode(chat, tokenizer, False, continue_final_message=True)
+        assert tokenizer.decode(ids, skip_special=False).endswith("assistant\nx</s>y<|im_end|>")
+        assert [i for i in ids if tokenizer.is_special(i)] == [1, 3, 4, 3]
+
+    def test_a_template_that_does_not_show_the_final_message_cannot_leave_it_open(self, tmp_path: Path) -> None:
+        template = with_template(tmp_path, "{{ messages[0].content }}")
+        chat = [*CHATS[0], {"role": "assistant", "content": "unseen"}]
+        with pytest.raises(ChatTemplateError, match="continue_final_message: the chat template does not show"):
+            template.encode(chat, load_tokenizer(tmp_path), False, continue_final_message=True)
+
     def test_keys_without_a_value_are_absent(self, tmp_path: Path) -> None:
         source = "{% if 'tool_calls' in messages[0] %}calls{% endif %}{{ messages[0].role }}"
         template = with_template(tmp_path, source)
@@ -243,6 +269,17 @@ class TestAgainstMistralCommon:
         if not any(message["role"] == "assistant" for message in chat):
             assert ids == built_in.encode(chat, tokenizer) == _mistral_ids(chat)
         assert ids.count(2) == sum(message["role"] == "assistant" for message in chat)
+
+
+def test_mixtrals_own_format_leaves_a_final_message_open_as_mistral_common_does(mixtral_dir: Path) -> None:
+    template, tokenizer = load(mixtral_dir)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
+    marked = [chat[0], {**chat[1], "prefix": True}]
+    left_open = template.encode(chat, tokenizer, continue_final_message=True)
+    assert left_open == template.encode(marked, tokenizer)
+    assert left_open[-1] != tokenizer.eos_ids[0]
+    with pytest.raises(ChatTemplateError, match="prefix"):
+        template.encode(chat[:1], tokenizer, continue_final_message=True)
 
 
 class TestBounds:
@@ -400,3 +437,17 @@ def _mistral() -> MistralTokenizer:
 def _mistral_ids(chat: list[Message]) -> list[int]:
     request = ChatCompletionRequest(messages=chat)
     return list(_mistral().encode_chat_completion(request).tokens)
+
+
+def test_a_template_that_knows_of_tools_says_what_it_writes(tmp_path: Path) -> None:
+    knowing = with_template(tmp_path / "a", "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}")
+    assert knowing.tools_text is not None
+    assert "<tool_call>" in knowing.tools_text
+    assert with_template(tmp_path / "b", "<tool_call>{{ messages[0]['content'] }}").tools_text is None
+    assert with_template(tmp_path / "c", "{% set tools = 1 %}{{ tools }}").tools_text is None, "its own"
+    _named_templates(tmp_path / "c", {"default": "plain", "tool_use": "[TOOL_CALLS]{{ tools }}"})
+    assert load(tmp_path / "c")[0].tools_text == "[TOOL_CALLS]"
+
+
+def test_a_checkpoint_without_a_template_has_no_tools(mixtral_dir: Path) -> None:
+    assert load(mixtral_dir)[0].tools_text is None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from model.storage.checkpoint import Checkpoint
 from model.storage.checkpoint_writer import ShardedWriter
+from model.storage.manifest import MANIFEST_NAME
 from model.storage.safetensors_file import CheckpointError
 from model.storage.weight_files import find_weights, index_name, open_weights
 from tests.support.checkpoints import write_mixtral
@@ -65,7 +66,7 @@ def test_a_model_written_again_is_the_same_to_transformers_and_to_us(tmp_path: P
 def test_shards_and_index_are_named_as_hugging_face_names_them(tmp_path: Path) -> None:
     write_three_shards(tmp_path)
     shards = [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
-    assert sorted(os.listdir(tmp_path)) == [*shards, index_name()]
+    assert sorted(os.listdir(tmp_path)) == [*shards, index_name(), MANIFEST_NAME]
     index = json.loads((tmp_path / index_name()).read_text())
     assert index["metadata"] == {"total_size": 5 * 48}
     assert index["weight_map"] == {f"tensor.{i}": shards[i // 2] for i in range(5)}
@@ -242,6 +243,6 @@ def test_a_crash_at_any_moment_leaves_nothing_that_opens(tmp_path: Path) -> None
             write_three_shards(dest)  # which clears away what the crashed writer left
         for name, tensor in load_all(dest).items():
             assert torch.equal(tensor, TENSORS[name])
-        assert len(list(dest.glob("*"))) == 4
+        assert len(list(dest.glob("*"))) == 5
         assert list(dest.glob(".*")) == []
     assert 1 <= published <= 5

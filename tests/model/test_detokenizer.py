@@ -193,3 +193,13 @@ class _Counting:
     def is_special(self, token_id: int) -> bool:
         self.calls += 1
         return self._tokenizer.is_special(token_id)
+
+
+def test_a_verbatim_text_keeps_the_space_that_opens_it(tokenizers: dict[str, Tokenizer]) -> None:
+    for tokenizer in tokenizers.values():
+        ids = tokenizer.encode(" one two", add_bos=False)
+        data = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        verbatim = IncrementalDetokenizer(tokenizer, verbatim=True)
+        assert verbatim.push(ids) + verbatim.flush() == data
+    of_its_own = IncrementalDetokenizer(tokenizers["sentencepiece"])
+    assert of_its_own.push(tokenizers["sentencepiece"].encode("one", add_bos=False)) == "one"

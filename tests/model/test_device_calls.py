@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.device_calls import LARGEST_GRAPHED_ROWS, GraphedCalls, Staging
+from model.device_calls import LARGEST_GRAPHED_ROWS, GraphedCalls, Staging, prepare_device, upload
 from model.numerics import RowClass, RowFunction, map_rows, same_bits
 
 
@@ -90,3 +90,36 @@ def test_staging_keeps_its_memory() -> None:
     held = staging._buffers["up"].data_ptr()
     staging.to_device(torch.zeros(5, 4, dtype=torch.bfloat16))
     assert staging._buffers["up"].data_ptr() == held
+
+
+def test_rows_are_padded_in_the_captured_memory() -> None:
+    call = GraphedCalls(FakeCapture()).wrap(doubled)
+    for rows in (3, 4, 1):
+        x_MI = torch.randn(rows, 5)
+        answers = call.padded(x_MI, 4)
+        assert answers is not None
+        assert torch.equal(answers, x_MI * 2)
+    assert call.padded(torch.randn(3, 5), LARGEST_GRAPHED_ROWS + 1) is None
+
+
+def test_what_cannot_be_captured_is_tried_once_and_made_directly() -> None:
+    tried: list[int] = []
+
+    def fails(fn: RowFunction, x_MI: Tensor) -> Callable[[], Tensor]:
+        tried.append(len(x_MI))
+        raise RuntimeError("out of memory")
+
+    call = GraphedCalls(fails).wrap(doubled)
+    for _ in range(3):
+        x_MI = torch.randn(2, 3)
+        assert torch.equal(call(x_MI), x_MI * 2)
+    assert tried == [2]
+    assert call.padded(torch.randn(1, 3), 2) is None
+
+
+def test_without_a_gpu_nothing_is_uploaded_or_set() -> None:
+    x = torch.randn(3)
+    assert upload(x, "cpu") is x
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    prepare_device("cpu")
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is before

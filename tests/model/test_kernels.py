@@ -23,7 +23,7 @@ from model.kernels import (
     self_test,
 )
 from model.packed.bf16 import Bf16Linear
-from model.packed.fp16 import Fp16PackedLinear, fits_fp16
+from model.packed.fp16 import Fp16PackedLinear, Fp16WideLinear, fits_fp16
 from model.packed.int8 import int8_engine
 
 
@@ -125,6 +125,34 @@ def test_small_bf16_weights_are_packed_by_a_power_of_two_without_loss(smallest: 
     assert isinstance(packed, Fp16PackedLinear)
     assert packed.unscale < 1
     assert torch.equal(packed(torch.eye(24)), weight_OI.t())
+
+
+def test_a_wide_product_has_the_bits_of_the_narrow_one_whatever_the_threads() -> None:
+    KERNELS["fp16"].pack(torch.zeros(8, 8))  # accepts torch's warning
+    weight_OI = weight(10_007, 840, torch.float16)
+    narrow = Fp16PackedLinear(torch.fbgemm_pack_gemm_matrix_fp16(weight_OI), 10_007, 840)
+    wide = KERNELS["fp16"].pack(weight_OI)
+    assert isinstance(wide, Fp16WideLinear)
+    for name in ("kernel", "weight_bytes", "out_features", "in_features", "unscale", "held"):
+        assert getattr(wide, name) == getattr(narrow, name)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for count in (1, 3, 16, 130):
+                x_MI = torch.randn(count, 840, generator=torch.Generator().manual_seed(count))
+                assert torch.equal(wide(x_MI), narrow(x_MI)), (threads, count)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_small_wide_bf16_weights_are_packed_without_loss() -> None:
+    weight_OI = weight(10_000, 840, torch.bfloat16)
+    weight_OI[2, 2] = 2.0**-30
+    wide = KERNELS["fp16"].pack(weight_OI.clone())
+    assert isinstance(wide, Fp16WideLinear)
+    assert wide.unscale < 1
+    assert torch.equal(wide(torch.eye(840)), weight_OI.t())
 
 
 def test_all_zero_weights_are_packed() -> None:

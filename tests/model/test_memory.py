@@ -50,6 +50,6 @@ def test_pieces_smaller_than_a_huge_page_fill_some_together_and_keep_their_conte
         pytest.skip("this system gives no huge pages")
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
     turned, grown = map(int, done.stdout.split())
-    if turned == 0:
-        pytest.skip("this system cannot collapse pages (Linux before 6.1), or has none to give")
+    if turned < 48 << 20:
+        pytest.skip(f"this system cannot collapse pages (Linux before 6.1), or has few to give: {turned} bytes")
     assert grown > 40 << 20, f"{turned} bytes were said to be turned, the system counts {grown}"

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.numerics import ROW_CANDIDATES, RowClass, calibrate_rows, map_rows, row_candidates, same_bits
+from model.numerics import (
+    CUDA_ROW_CANDIDATES,
+    ROW_CANDIDATES,
+    RowClass,
+    bit_marks,
+    calibrate_rows,
+    map_rows,
+    row_candidates,
+    same_bits,
+)
 
 
 def doubled(x_MI: Tensor) -> Tensor:
@@ -111,7 +120,7 @@ def test_large_products_are_calibrated_on_fewer_rows() -> None:
     mixtral_ffn = row_candidates(6 * 4096 * 14336)
     assert mixtral_ffn[-1] == 32
     assert mixtral_ffn == ROW_CANDIDATES[: len(mixtral_ffn)]
-    assert row_candidates(6 * 4096 * 14336, "cuda") == ROW_CANDIDATES
+    assert row_candidates(6 * 4096 * 14336, "cuda") == CUDA_ROW_CANDIDATES
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(112, 72), (64, 112), (576, 576), (8, 64)])
@@ -129,3 +138,18 @@ def test_a_real_product_gives_a_row_the_same_bits_in_any_company(outputs: int, i
         for start in (0, 1, 40):
             part_MO = map_rows(product, x_MI[start : start + rows], row_class)
             assert same_bits(part_MO, whole_MO[start : start + rows]), (rows, start, row_class)
+
+
+def test_every_bit_of_a_row_marks_it_and_no_other_row() -> None:
+    x_MI = torch.randn(5, 300)
+    marks = bit_marks(x_MI)
+    assert marks.shape == (5, 2)
+    assert same_bits(bit_marks(x_MI[3:4]), marks[3:4])
+    for place in (0, 150, 299):
+        for bit in (0, 13, 31):
+            changed = x_MI.clone()
+            changed.view(torch.int32)[2, place] ^= 1 << bit if bit < 31 else -(1 << 31)
+            found = bit_marks(changed).view(torch.int64).flatten() != marks.view(torch.int64).flatten()
+            assert found.tolist() == [False, False, True, False, False]
+    swapped = x_MI[:, torch.tensor([1, 0, *range(2, 300)])]
+    assert not (bit_marks(swapped).view(torch.int64) == marks.view(torch.int64)).any()

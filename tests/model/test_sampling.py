@@ -167,8 +167,8 @@ class TestRandomness:
         for one_state, other in ((copied, expected), (ahead, state)):
             row = logits(1)[0]
             same_row = row.clone()
-            one_state.penalize(row)
-            other.penalize(same_row)
+            one_state.adjust(row)
+            other.adjust(same_row)
             assert torch.equal(row, same_row)
             assert (one_state.num_output, one_state.seed) == (other.num_output, other.seed)
 
@@ -284,19 +284,19 @@ class TestPenalties:
         row, prompt, output = logits(1)[0], [1, 5, 5, 9], [9, 9, 17]
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), row[None].clone())
         state = SamplerState(SamplingParams(repetition_penalty=penalty), prompt, output)
-        state.penalize(ours := row.clone())
+        state.adjust(ours := row.clone())
         assert torch.equal(ours, expected[0])
 
     def test_presence_and_frequency_count_output_only(self) -> None:
         params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
         state = SamplerState(params, [1, 2, 3], [4, 4, 4, 5])
-        state.penalize(row := torch.zeros(8))
+        state.adjust(row := torch.zeros(8))
         assert row.tolist() == [0, 0, 0, 0, -0.5 - 0.75, -0.5 - 0.25, 0, 0]
 
     def test_all_together_repetition_first(self) -> None:
         params = SamplingParams(repetition_penalty=2, presence_penalty=1, frequency_penalty=0.5)
         state = SamplerState(params, [0], [1, 1])
-        state.penalize(row := torch.tensor([4.0, 4.0, -4.0]))
+        state.adjust(row := torch.tensor([4.0, 4.0, -4.0]))
         assert row.tolist() == [2.0, 2.0 - 1 - 1.0, -4.0]
 
     def test_greedy_obeys_penalties(self) -> None:
@@ -369,6 +369,8 @@ class TestBatch:
             sample(logits(2), states(1), [None, None])
         with pytest.raises(ValueError, match="1 forbidden_ids"):
             sample(logits(2), states(2), [None, None], [()])
+        with pytest.raises(ValueError, match="1 allowed_ids"):
+            sample(logits(2), states(2), [None, None], None, [None])
 
 
 class TestErrors:
@@ -403,6 +405,31 @@ class TestErrors:
         assert (result.logprob.chosen.rank, result.logprob.top[0].token) == (2, 1)
         drawn = {token_of(one(row[0], seed=seed, temperature=5.0, forbidden=(1,))) for seed in range(60)}
         assert drawn == {0, 2}
+
+    @pytest.mark.parametrize("params", MIXED)
+    def test_only_allowed_ids_are_chosen_as_if_the_vocabulary_had_no_others(self, params: dict[str, Any]) -> None:
+        batch, allowed = logits(1), torch.arange(3, VOCAB, 7)
+        for seed in range(20):
+            state = SamplerState(SamplingParams(seed=seed, **{**params, "repetition_penalty": 1.0}), ())
+            (result,) = sample(batch, [state], [2], [()], [allowed])
+            (within,) = sample(batch[:, allowed], [state], [None])
+            assert isinstance(result, Sampled)
+            assert result.token == int(allowed[token_of(within)])
+            assert result.logprob is not None
+            assert result.logprob.top == position_logprobs(batch[0], result.token, 2).top, "of all tokens"
+
+    def test_what_is_allowed_may_be_penalised_and_forbidden_too(self) -> None:
+        row, greedy = torch.tensor([[0.0, 9.0, 1.0, 5.0]]), SamplingParams(temperature=0, frequency_penalty=2)
+        state = SamplerState(greedy, (), [3, 3, 3])
+        assert token_of(sample(row, [state], [None], [()], [torch.tensor([0, 2, 3])])[0]) == 2
+        assert token_of(sample(row, [state], [None], [{2}], [torch.tensor([0, 2, 3])])[0]) == 0
+        (nothing,) = sample(row, [state], [None], [{0, 2}], [torch.tensor([0, 2])])
+        assert isinstance(nothing, SampleError)
+
+    def test_a_bad_logit_is_an_error_even_where_it_is_not_allowed(self) -> None:
+        row = torch.tensor([[0.0, math.nan, 1.0]])
+        (result,) = sample(row, [SamplerState(SamplingParams(temperature=0), ())], [None], [()], [torch.tensor([0, 2])])
+        assert isinstance(result, SampleError)
 
 
 class TestLogprobs:

@@ -109,6 +109,12 @@ class TestSentencePiece:
         with pytest.raises(ValueError, match="-1"):
             mixtral.token_text(-1)
 
+    def test_every_entry_is_written_as_in_the_model_file(self, mixtral: Tokenizer) -> None:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(mixtral_sentencepiece()))
+        written = [mixtral.vocabulary_entry(token) for token in range(mixtral.vocab_size)]
+        assert written == [model.id_to_piece(token) for token in range(model.vocab_size())]
+        assert mixtral.vocabulary_entry(mixtral.vocab_size) == ""
+
     def test_template_strings_become_special_ids_and_plain_ones_do_not(self, mixtral: Tokenizer) -> None:
         model = _reference_model()
         ids = mixtral.encode_template([("<s>[INST] a ", False), ("</s>", True), (" [/INST]b</s>x", False)])
@@ -176,6 +182,15 @@ class TestHuggingFace:
             assert reference.count("\ufffd") >= text.count("\ufffd")
         else:
             assert text == reference
+
+    @pytest.mark.parametrize("fixture", ["byte_dir", "trained_dir", "llama_dir"])
+    def test_every_entry_is_written_as_transformers_writes_it(
+        self, request: pytest.FixtureRequest, fixture: str
+    ) -> None:
+        ours, theirs = _both(request.getfixturevalue(fixture))
+        ids = list(range(ours.vocab_size))
+        assert [ours.vocabulary_entry(token) for token in ids] == theirs.convert_ids_to_tokens(ids)
+        assert ours.vocabulary_entry(ours.vocab_size) == ours.vocabulary_entry(-1) == ""
 
     def test_good_characters_beside_broken_bytes_are_kept(self, llama_dir: Path) -> None:
         tokenizer = load_tokenizer(llama_dir)

@@ -98,6 +98,14 @@ def broken(**changes: object) -> Tensor:
             message.shape.extend(value)  # type: ignore[arg-type]
         else:
             setattr(message, name, value)
+    if changes.keys() <= {"dtype", "shape"}:  # said by mistake, not damaged on the way
+        message.crc32 = codec.checksum(message.payload, codec._claim_seed(message, 0))
+    return message
+
+
+def damaged(**changes: object) -> Tensor:
+    message = broken(**changes)
+    message.crc32 ^= 1
     return message
 
 
@@ -114,8 +122,10 @@ def broken(**changes: object) -> Tensor:
         (broken(shape=[2**32 - 1, 4]), STATUS_INVALID, "4294967295 rows"),
         (broken(shape=[4, 2]), STATUS_INVALID, "rows of 2 elements, expected 4"),
         (broken(shape=[3, 4]), STATUS_INVALID, "the payload has 32 bytes, its shape needs 48"),
-        (broken(payload=b""), STATUS_INVALID, "the payload has 0 bytes"),
-        (broken(payload=bytes(31) + b"x"), STATUS_CORRUPT, "CRC-32"),
+        (broken(payload=b""), STATUS_CORRUPT, "damaged: CRC-32C"),
+        (damaged(shape=[9, 4]), STATUS_CORRUPT, "damaged: CRC-32C"),
+        (damaged(dtype=99), STATUS_CORRUPT, "damaged: CRC-32C"),
+        (broken(payload=bytes(31) + b"x"), STATUS_CORRUPT, "CRC-32C"),
         (broken(crc32=1), STATUS_CORRUPT, "the message says 00000001"),
     ],
 )
@@ -194,8 +204,20 @@ def test_a_reply_answers_one_request_only() -> None:
             back = codec.restore(frame.claim, frame.payload, max_rows=2, width=4, dtypes=DTYPES, seed=seed)
             assert torch.equal(back, torch.ones(2, 4))
         else:
-            with pytest.raises(CodecError, match="CRC-32"):
+            with pytest.raises(CodecError, match="CRC-32C"):
                 codec.restore(frame.claim, frame.payload, max_rows=2, width=4, dtypes=DTYPES, seed=seed)
+
+
+@pytest.mark.parametrize("field", ["sequence", "status", "detail", "compute_us", "queue_us", "inflight_tokens"])
+def test_a_reply_with_a_changed_header_is_a_corrupt_message(field: str) -> None:
+    header = ForwardReply(sequence=7, status=STATUS_OK, detail="a", compute_us=11, queue_us=13, inflight_tokens=17)
+    for data in (codec.encode_reply(header, torch.ones(2, 4), request()), codec.encode_refusal(header)):
+        message = ForwardReply.FromString(data)
+        assert codec.split_reply(data)[0].inflight_tokens == 17
+        setattr(message, field, "b" if field == "detail" else getattr(message, field) + 1)
+        with pytest.raises(CodecError, match="the header of a reply is damaged") as caught:
+            codec.split_reply(message.SerializeToString())
+        assert caught.value.status == STATUS_CORRUPT
 
 
 def test_a_request_without_rows_says_which_it_was() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.checksum import checksum
 from protos.codec import CodecError
 from protos.expert_pb2 import (
     STATUS_CORRUPT,
@@ -43,6 +44,10 @@ def unpack(frame: bytes) -> LaneRequest:
     return LaneRequest.unpack(frame, num_rows=ROWS, num_replies=REPLIES)
 
 
+def sealed(content: bytes) -> bytes:
+    return struct.pack("<I", checksum(content)) + content
+
+
 def within_the_regions(request: LaneRequest) -> bool:
     rows = all(one.num_rows >= 1 and one.first_row + one.num_rows <= ROWS for one in request.segments)
     return rows and request.reply_row + request.num_rows <= REPLIES and request.sequence > 0
@@ -70,7 +75,8 @@ def requests(draw: st.DrawFn) -> LaneRequest:
     counts = draw(st.lists(st.integers(1, 5), min_size=1, max_size=10))
     segments = tuple(Segment(draw(U32), draw(st.integers(0, ROWS - count)), count) for count in counts)
     reply_row = draw(st.integers(0, REPLIES - sum(counts)))
-    return LaneRequest(draw(st.integers(1, 2**64 - 1)), draw(U32), draw(U64), draw(U64), reply_row, segments)
+    sequence = draw(st.integers(1, 2**64 - 1))
+    return LaneRequest(sequence, draw(U32), draw(U64), draw(U64), reply_row, segments, draw(U32))
 
 
 @given(requests())
@@ -89,16 +95,18 @@ def test_a_frame_holds_as_many_segments_as_it_says_and_no_more() -> None:
             REQUEST._replace(segments=segments).pack()
 
 
-@given(U64, st.sampled_from(Status.values()), U32, U32, st.text(max_size=100))
-def test_a_reply_comes_out_as_it_went_in(sequence: int, status: Status, compute: int, queue: int, detail: str) -> None:
-    reply = LaneReply(sequence, status, compute, queue, detail)
+@given(U64, st.sampled_from(Status.values()), U32, U32, st.text(max_size=100), U32, U32)
+def test_a_reply_comes_out_as_it_went_in(
+    sequence: int, status: Status, compute: int, queue: int, detail: str, rows_crc: int, tokens: int
+) -> None:
+    reply = LaneReply(sequence, status, compute, queue, detail, rows_crc, tokens)
     assert LaneReply.unpack(reply.pack()) == reply
 
 
 def test_a_reply_packs_whatever_happened() -> None:
-    long = LaneReply(1, STATUS_INTERNAL, 2**40, 2**41, "é" * MAX_DETAIL_BYTES)
+    long = LaneReply(1, STATUS_INTERNAL, 2**40, 2**41, "é" * MAX_DETAIL_BYTES, 0, 2**42)
     back = LaneReply.unpack(long.pack())
-    assert (back.compute_us, back.queue_us) == (2**32 - 1, 2**32 - 1)
+    assert (back.compute_us, back.queue_us, back.inflight_tokens) == (2**32 - 1, 2**32 - 1, 2**32 - 1)
     assert back.detail == "é" * (MAX_DETAIL_BYTES // 2)
     assert len(long.pack()) <= MAX_FRAME_BYTES
     assert LaneReply.unpack(LaneReply(1, STATUS_INTERNAL, detail="a\udcffb").pack()).detail == "a?b"
@@ -116,7 +124,7 @@ def test_a_reply_packs_whatever_happened() -> None:
         HELLO.pack()[:-1],
         HELLO.pack() + b"\0",
         b"OctX" + HELLO.pack()[4:],
-        HELLO.pack()[:4] + b"\x02\x00" + HELLO.pack()[6:],
+        HELLO.pack()[:4] + b"\x01\x00" + HELLO.pack()[6:],
         HELLO._replace(width=0).pack(),
         HELLO._replace(num_rows=0).pack(),
         HELLO._replace(num_replies=0).pack(),
@@ -129,20 +137,23 @@ def test_anything_but_a_hello_is_refused(frame: bytes) -> None:
 
 
 FRAME = REQUEST.pack()
-HEAD = len(FRAME) - 2 * 16
+BODY = FRAME[4:]
+HEAD = len(BODY) - 2 * 16
 
 
 @pytest.mark.parametrize(
     ("frame", "status", "sequence", "said"),
     [
-        (b"", STATUS_CORRUPT, 0, "0 bytes"),
-        (FRAME[: HEAD - 1], STATUS_CORRUPT, 0, f"{HEAD - 1} bytes"),
-        (FRAME[:HEAD], STATUS_CORRUPT, 7, "2 segments"),
-        (FRAME[:-1], STATUS_CORRUPT, 7, "2 segments"),
-        (FRAME + b"\0", STATUS_CORRUPT, 7, "2 segments"),
-        (FRAME[:12] + struct.pack("<I", 0) + FRAME[16:HEAD], STATUS_CORRUPT, 7, "0 segments"),
-        (FRAME[:12] + struct.pack("<I", 65) + FRAME[16:HEAD] + bytes(65 * 16), STATUS_CORRUPT, 7, "65 segments"),
-        (FRAME[:12] + b"\xff\xff\xff\xff" + FRAME[16:], STATUS_CORRUPT, 7, "4294967295 segments"),
+        (b"", STATUS_CORRUPT, 0, "0 bytes is damaged"),
+        (FRAME[:-1], STATUS_CORRUPT, 0, "is damaged"),
+        (FRAME + b"\0", STATUS_CORRUPT, 0, "is damaged"),
+        (sealed(b""), STATUS_CORRUPT, 0, "a request of 0 bytes"),
+        (sealed(BODY[: HEAD - 1]), STATUS_CORRUPT, 0, f"{HEAD - 1} bytes"),
+        (sealed(BODY[:HEAD]), STATUS_CORRUPT, 7, "2 segments"),
+        (sealed(BODY + b"\0"), STATUS_CORRUPT, 7, "2 segments"),
+        (sealed(BODY[:12] + struct.pack("<I", 0) + BODY[16:HEAD]), STATUS_CORRUPT, 7, "0 segments"),
+        (sealed(BODY[:12] + struct.pack("<I", 65) + BODY[16:HEAD] + bytes(65 * 16)), STATUS_CORRUPT, 7, "65 segments"),
+        (sealed(BODY[:12] + b"\xff\xff\xff\xff" + BODY[16:]), STATUS_CORRUPT, 7, "4294967295 segments"),
         (REQUEST._replace(sequence=0).pack(), STATUS_INVALID, 0, "must not be 0"),
         (REQUEST._replace(segments=(Segment(0, 0, 0),)).pack(), STATUS_INVALID, 7, "rows 0 + 0"),
         (REQUEST._replace(segments=(Segment(0, ROWS, 1),)).pack(), STATUS_INVALID, 7, f"region of {ROWS}"),
@@ -163,11 +174,12 @@ def test_a_request_that_is_wrong_is_refused(frame: bytes, status: Status, sequen
 @pytest.mark.parametrize(
     ("frame", "sequence", "said"),
     [
-        (b"", 0, "a reply of 0 bytes"),
-        (LaneReply(7, STATUS_OK).pack()[:-1], 0, "a reply of 19 bytes"),
-        (LaneReply(7, STATUS_OK).pack() + b"x" * (MAX_DETAIL_BYTES + 1), 0, "a reply of 533 bytes"),
-        (struct.pack("<QIII", 7, 11, 0, 0), 7, "status 11 is unknown"),
-        (struct.pack("<QIII", 7, 2**32 - 1, 0, 0), 7, "status 4294967295 is unknown"),
+        (b"", 0, "a frame of 0 bytes is damaged"),
+        (LaneReply(7, STATUS_OK).pack()[:-1], 0, "is damaged"),
+        (sealed(LaneReply(7, STATUS_OK).pack()[4:-1]), 0, "a reply of 27 bytes"),
+        (sealed(LaneReply(7, STATUS_OK).pack()[4:] + b"x" * (MAX_DETAIL_BYTES + 1)), 0, "a reply of 541 bytes"),
+        (sealed(struct.pack("<QIIIII", 7, 11, 0, 0, 0, 0)), 7, "status 11 is unknown"),
+        (sealed(struct.pack("<QIIIII", 7, 2**32 - 1, 0, 0, 0, 0)), 7, "status 4294967295 is unknown"),
     ],
 )
 def test_a_reply_that_is_none_is_refused(frame: bytes, sequence: int, said: str) -> None:
@@ -185,26 +197,40 @@ def read(unpack_one: Callable[[bytes], object], frame: bytes) -> object:
 
 
 @given(st.one_of(st.binary(max_size=200), st.binary(min_size=HEAD + 16, max_size=HEAD + 16), st.binary(max_size=1200)))
-def test_random_bytes_raise_nothing_but_codec_errors(frame: bytes) -> None:
+def test_random_bytes_raise_nothing_but_codec_errors(content: bytes) -> None:
     for unpack_one in (unpack, Hello.unpack, LaneReply.unpack):
-        found = read(unpack_one, frame)
-        if isinstance(found, LaneRequest):
-            assert within_the_regions(found)
-        elif isinstance(found, CodecError):
-            assert found.status in (STATUS_CORRUPT, STATUS_INVALID)
+        for frame in (content, sealed(content)):
+            found = read(unpack_one, frame)
+            if isinstance(found, LaneRequest):
+                assert within_the_regions(found)
+            elif isinstance(found, CodecError):
+                assert found.status in (STATUS_CORRUPT, STATUS_INVALID)
 
 
 @given(requests(), st.data())
-def test_flipped_bits_never_point_outside_the_regions(request: LaneRequest, data: st.DataObject) -> None:
-    frame = bytearray(request.pack())
-    for bit in data.draw(st.lists(st.integers(0, 8 * len(frame) - 1), min_size=1, max_size=3)):
-        frame[bit // 8] ^= 1 << bit % 8
-    found = read(unpack, bytes(frame))
+def test_numbers_under_a_good_checksum_never_point_outside_the_regions(
+    request: LaneRequest, data: st.DataObject
+) -> None:
+    content = bytearray(request.pack()[4:])
+    for bit in data.draw(st.lists(st.integers(0, 8 * len(content) - 1), min_size=1, max_size=3)):
+        content[bit // 8] ^= 1 << bit % 8
+    found = read(unpack, sealed(bytes(content)))
     if isinstance(found, LaneRequest):
         assert within_the_regions(found)
     else:
         assert isinstance(found, CodecError)
-        assert found.sequence == int.from_bytes(frame[:8], "little")
+        assert found.sequence == int.from_bytes(content[:8], "little")
+
+
+def test_every_flipped_bit_of_a_frame_is_found() -> None:
+    reply = LaneReply(9, STATUS_INTERNAL, 11, 13, "a detail", 17, 19)
+    for frame, unpack_one in ((REQUEST.pack(), unpack), (reply.pack(), LaneReply.unpack)):
+        for bit in range(8 * len(frame)):
+            damaged = bytearray(frame)
+            damaged[bit // 8] ^= 1 << bit % 8
+            found = read(unpack_one, bytes(damaged))
+            assert isinstance(found, CodecError), bit
+            assert (found.status, found.sequence) == (STATUS_CORRUPT, 0)
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
