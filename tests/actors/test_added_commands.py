@@ -134,9 +134,14 @@ def test_the_octavo_command_takes_added_ones_from_the_installed_packages() -> No
     assert all(found.group == GROUP for found in installed_commands())
 
 
-def test_the_project_declares_its_benchmarks() -> None:
+def test_the_project_declares_its_experiments() -> None:
     declared = tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][GROUP]
-    assert declared == {"bench": "experiments.bench_cli:app"}
+    assert declared == {
+        "bench": "experiments.bench_cli:app",
+        "experiment": "experiments.experiment_cli:app",
+        "simulate": "experiments.simulate_cli:app",
+        "trace": "experiments.trace_cli:app",
+    }
     command = load_command("bench", [entry(name, value) for name, value in declared.items()])
     assert command.name == "bench"
     assert "serve" in command.commands

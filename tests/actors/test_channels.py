@@ -1,31 +1,27 @@
 """The token is checked before anything is parsed; TLS, limits, health and reflection do what they say."""
 
 import asyncio
-import datetime
-import ipaddress
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from actors.channels import ChannelError, GrpcServer, WireCredentials, join_address, open_channel, serve_grpc
 from protos.codec import MAX_MESSAGE_BYTES
+from tests.support.pki import make_pki
 
 TOKEN = "a-token-of-this-test"
 SERVICE = "octavo.ExpertService"
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, 240))
 
 
 class Echo:
@@ -245,42 +241,6 @@ def test_addresses_of_both_kinds() -> None:
 # ---- TLS --------------------------------------------------------------------------------------------------
 
 
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _write_pair(path: Path, stem: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-    (path / f"{stem}.key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    (path / f"{stem}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-
-
-def make_pki(path: Path) -> Path:
-    """A certificate authority `ca` and a certificate `node` for 127.0.0.1 signed by it."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, node_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-
-    def signed(subject: str, key: ec.EllipticCurvePrivateKey, extension: x509.ExtensionType) -> x509.Certificate:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(_name(subject))
-            .issuer_name(_name("a test authority"))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(extension, critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    path.mkdir(parents=True)
-    _write_pair(path, "ca", ca_key, signed("a test authority", ca_key, x509.BasicConstraints(True, None)))
-    _write_pair(path, "node", node_key, signed("node", node_key, names))
-    return path
-
-
 def credentials_of(pki: Path) -> WireCredentials:
     return WireCredentials(TOKEN, str(pki / "node.crt"), str(pki / "node.key"), str(pki / "ca.crt"))
 
@@ -290,7 +250,7 @@ def test_mutual_tls_lets_only_its_own_in(tmp_path: Path) -> None:
 
     async def fails(channel: grpc.aio.Channel, metadata: Any = None) -> None:
         extra = {} if metadata is None else {"metadata": metadata}
-        error = await refused(once(channel)(b"x", timeout=10, **extra))
+        error = await refused(once(channel)(b"x", timeout=60, **extra))
         assert error.code() == grpc.StatusCode.UNAVAILABLE
 
     async def work() -> None:
@@ -311,6 +271,28 @@ def test_mutual_tls_lets_only_its_own_in(tmp_path: Path) -> None:
     run(work())
 
 
+def test_one_certificate_serves_machines_that_it_does_not_name(tmp_path: Path) -> None:
+    pki = make_pki(tmp_path / "ours", names=("octavo.internal",))
+    by_address = credentials_of(pki)
+
+    async def work() -> None:
+        echo = Echo()
+        async with served(echo, by_address) as server:
+            for credentials, welcome in (
+                (replace(by_address, tls_server_name="octavo.internal"), True),
+                (replace(by_address, tls_server_name="another.internal"), False),
+                (by_address, False),
+            ):
+                async with open_channel(server.address, credentials) as channel:
+                    if welcome:
+                        assert await once(channel)(b"by name") == b"by name"
+                    else:
+                        assert (await refused(once(channel)(b"x", timeout=60))).code() == grpc.StatusCode.UNAVAILABLE
+        assert echo.parsed == [b"by name"]
+
+    run(work())
+
+
 def test_tls_does_not_replace_the_token(tmp_path: Path) -> None:
     mine = credentials_of(make_pki(tmp_path / "ours"))
 
@@ -318,7 +300,7 @@ def test_tls_does_not_replace_the_token(tmp_path: Path) -> None:
         async with served(Echo(), mine) as server:
             other = WireCredentials("another", mine.tls_cert, mine.tls_key, mine.tls_ca)
             async with open_channel(server.address, other) as channel:
-                error = await refused(once(channel)(b"x", timeout=10))
+                error = await refused(once(channel)(b"x", timeout=60))
                 assert error.code() == grpc.StatusCode.UNAUTHENTICATED
 
     run(work())
@@ -335,7 +317,7 @@ def test_a_server_certificate_alone_is_tls_without_client_certificates(tmp_path:
             async with grpc.aio.secure_channel(server.address, trusting) as channel:
                 assert await once(channel)(b"x", metadata=token) == b"x"
             async with open_channel(server.address, one_way) as channel:  # the system does not know this authority
-                assert (await refused(once(channel)(b"x", timeout=10))).code() == grpc.StatusCode.UNAVAILABLE
+                assert (await refused(once(channel)(b"x", timeout=60))).code() == grpc.StatusCode.UNAVAILABLE
 
     run(work())
 
@@ -349,6 +331,7 @@ def test_a_server_certificate_alone_is_tls_without_client_certificates(tmp_path:
         ({"token": "t", "tls_cert": "c"}, "tls_cert and tls_key must be given together"),
         ({"token": "t", "tls_key": "k"}, "tls_cert and tls_key must be given together"),
         ({"token": "t", "tls_ca": "a"}, "tls_ca needs tls_cert and tls_key"),
+        ({"token": "t", "tls_cert": "c", "tls_key": "k", "tls_server_name": "n"}, "tls_server_name needs tls_ca"),
     ],
 )
 def test_credentials_that_contradict_themselves(fields: dict[str, str], said: str) -> None:

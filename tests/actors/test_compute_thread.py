@@ -49,7 +49,7 @@ def test_the_most_urgent_job_runs_first_and_equals_in_order_of_arrival() -> None
         compute.submit(lambda: order.append("urgent 2"), 10)
         compute.submit(gate.set, 30)
         compute.start()
-        await asyncio.to_thread(gate.wait, 10)
+        await asyncio.to_thread(gate.wait, 100)
         assert order == ["urgent 1", "urgent 2", "later"]
         await compute.stop()
 
@@ -64,7 +64,7 @@ def test_a_job_that_raises_is_counted_and_the_thread_goes_on(caplog: pytest.LogC
         compute.submit(lambda: None)
         done = threading.Event()
         compute.submit(done.set, 1)
-        assert await asyncio.to_thread(done.wait, 10)
+        assert await asyncio.to_thread(done.wait, 100)
         assert compute.failures == 1
         await compute.stop()
 
@@ -78,11 +78,11 @@ def test_stop_drops_what_is_queued_and_may_come_before_start() -> None:
 
         def block() -> None:
             entered.set()
-            assert gate.wait(10)
+            assert gate.wait(100)
 
         compute.start()
         compute.submit(block)
-        assert await asyncio.to_thread(entered.wait, 10)
+        assert await asyncio.to_thread(entered.wait, 100)
         compute.submit(lambda: ran.append(1))
         stopping = asyncio.create_task(compute.stop())
         await asyncio.sleep(0)  # the stop is queued before the gate opens
@@ -145,8 +145,8 @@ def test_a_watcher_is_called_between_two_jobs_and_forgotten_when_it_is_done() ->
             compute.watch(reader, watcher.look)
             del watcher
             os.write(writer, b"x")
-            assert await asyncio.to_thread(seen.wait, 10)
-            assert await asyncio.to_thread(gone.wait, 10)  # while the thread waits for whatever comes next
+            assert await asyncio.to_thread(seen.wait, 100)
+            assert await asyncio.to_thread(gone.wait, 100)  # while the thread waits for whatever comes next
             assert await compute.call(lambda: 1) == 1
         assert compute.failures == 0
         await compute.stop()

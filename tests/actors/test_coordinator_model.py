@@ -7,7 +7,15 @@ import psutil
 import pytest
 import torch
 
-from actors.coordinator.loading import LoadProgress, eos_token_ids, load_model, make_kv_cache, num_threads
+from actors.coordinator.loading import (
+    LoadProgress,
+    eos_token_ids,
+    gpu_room,
+    load_model,
+    make_kv_cache,
+    num_threads,
+    vocabulary_of,
+)
 from cluster.budget import BudgetError
 from cluster.config import ClusterConfig
 from model.storage.checkpoint import COORDINATOR, Checkpoint
@@ -56,11 +64,25 @@ def test_a_cache_larger_than_the_memory_is_refused(path: Path) -> None:
 def test_ids_that_end_a_generation_come_from_all_who_know_one(path: Path, tmp_path: Path) -> None:
     model = Checkpoint.open(path).config
     assert eos_token_ids(model, tmp_path) == {2}, "no tokenizer there"
+    assert vocabulary_of(tmp_path, model, frozenset({2})) is None
     write_byte_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert eos_token_ids(model, tmp_path) == {2, 7}
+    vocabulary = vocabulary_of(tmp_path, model, frozenset({2, 7}))
+    assert vocabulary is not None
+    assert (vocabulary.size, vocabulary.eos_ids) == (model.vocab_size, (2, 7))
+    assert vocabulary_of(tmp_path, model, frozenset()) is None, "nothing ends a text"
 
 
 def test_threads_are_those_of_the_configuration_or_of_the_machine(path: Path) -> None:
     assert num_threads(ClusterConfig(model=str(path), coordinator_threads=3)) == 3
     assert num_threads(ClusterConfig(model=str(path))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "share", "room"),
+    [(70, 5, None, 70), (70, 5, 1.0, 70), (70, 5, 0.25, 15), (10, 5, 0.25, 10), (70, 30, 0.25, 0)],
+)
+def test_of_a_shared_gpu_a_coordinator_takes_its_own_part(free: int, held: int, share: float | None, room: int) -> None:
+    """Experts that are to load there have not taken theirs yet."""
+    assert gpu_room(free, 80, held, share) == room

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from actors.coordinator.engine_io import EXPIRED, STOPPED, GenerationRequest
-from actors.dispatch.remote_experts import ExpertUnavailable
+from actors.coordinator.live_sequences import LiveSequences
 from cluster.scheduler import QueueFull, RequestTooLong
-from cluster.sequence import FinishReason, SequenceError
+from cluster.sequence import FinishReason, SequenceError, SequenceStatus
 from model.sampling.sampler import SamplingParams
-from protos.expert_pb2 import STATUS_DEADLINE_EXCEEDED, STATUS_INTERNAL
+from protos.expert_pb2 import STATUS_INTERNAL
 from tests.support.checkpoints import write_mixtral
 from tests.support.engines import (
     GatedExperts,
@@ -198,7 +197,7 @@ async def test_a_request_that_comes_later_changes_no_bit(model: TinyModel, alone
                 await asyncio.sleep(0)
             engine.cancel(passer_by)
         for story in told:
-            await asyncio.wait_for(story.done.wait(), 60)
+            await asyncio.wait_for(story.done.wait(), 120)
     assert [story.exact for story in told] == alone
 
 
@@ -236,6 +235,21 @@ async def test_every_step_tells_all_its_sequences_at_once(model: TinyModel) -> N
     async with running(engine):
         await tell(engine, stories, [request([5, 6, 7], max_tokens=4) for _ in range(3)])
     assert [len(call) for call in stories.calls] == [3, 3, 3, 3]
+
+
+async def test_the_oldest_request_that_has_not_begun_says_how_long_the_queue_is() -> None:
+    live = LiveSequences(frozenset())
+    assert live.queue_s(5.0) == 0
+    first, second = (live.prepare(request([5, 6])) for _ in range(2))
+    live.keep(first, 10.0, lambda: None)
+    live.keep(second, 12.0, lambda: None)
+    assert live.queue_s(13.0) == 3.0
+    first.sequence.status = SequenceStatus.RUNNING
+    assert live.queue_s(13.0) == 1.0
+    second.sequence.status = SequenceStatus.RUNNING
+    assert live.queue_s(13.0) == 0
+    first.sequence.status, first.sequence.num_preemptions = SequenceStatus.WAITING, 1
+    assert live.queue_s(13.0) == 0, "it has begun"
 
 
 async def test_what_is_counted_adds_up(model: TinyModel) -> None:
@@ -280,7 +294,7 @@ async def test_a_refused_request_leaves_nothing_behind(model: TinyModel) -> None
     assert full.value.retry_after_s >= 1
     assert len(engine.live) == 2
     async with running(engine):
-        await asyncio.wait_for(engine.live.wait_for_none(), 30)
+        await asyncio.wait_for(engine.live.wait_for_none(), 120)
     assert [story.finish_reason for story in stories.by_id.values()] == [FinishReason.LENGTH] * 2
 
 
@@ -290,7 +304,7 @@ async def test_cancelling_gives_back_blocks_and_places_at_once(model: TinyModel)
     async with running(engine):
         runs = engine.submit(request([5] * 40, max_tokens=400))
         waits = engine.submit(request([6] * 40, max_tokens=4))
-        await asyncio.wait_for(stories.of(runs).first.wait(), 30)
+        await asyncio.wait_for(stories.of(runs).first.wait(), 120)
         assert engine.scheduler.num_waiting == 1
         assert engine.cancel(waits)
         assert engine.scheduler.num_waiting == 0
@@ -310,7 +324,7 @@ async def test_a_step_that_nobody_wants_any_more_is_given_up(model: TinyModel) -
     engine = make_engine(model, stories, experts=experts)
     async with running(engine):
         hung = [engine.submit(request([5, 6], max_tokens=4)) for _ in range(2)]
-        await asyncio.wait_for(experts.asked.wait(), 30)
+        await asyncio.wait_for(experts.asked.wait(), 120)
         engine.cancel(hung[0])
         for _ in range(5):
             await asyncio.sleep(0)
@@ -335,10 +349,10 @@ async def test_a_sequence_cancelled_in_mid_step_does_not_disturb_the_step(model:
     async with running(engine):
         leaves = engine.submit(request([5, 6], max_tokens=4))
         stays = stories.of(engine.submit(request([8, 9], max_tokens=4)))
-        await asyncio.wait_for(experts.asked.wait(), 30)
+        await asyncio.wait_for(experts.asked.wait(), 120)
         engine.cancel(leaves)
         experts.gate.set()
-        await asyncio.wait_for(stays.done.wait(), 30)
+        await asyncio.wait_for(stays.done.wait(), 120)
     assert stays.exact == expected.exact
     assert stories.of(leaves).tokens == []
 
@@ -350,7 +364,7 @@ async def test_a_deadline_ends_a_request_even_while_the_experts_hang(model: Tiny
     engine = make_engine(model, stories, experts=experts)
     async with running(engine):
         late = stories.of(engine.submit(request([5], deadline_s=engine.now() + 0.05)))
-        await asyncio.wait_for(late.done.wait(), 30)
+        await asyncio.wait_for(late.done.wait(), 120)
         assert late.finish_reason is FinishReason.EXPIRED
         assert late.failure == EXPIRED
         experts.gate.set()
@@ -365,44 +379,6 @@ async def test_a_deadline_that_is_already_over_is_told_without_a_step(model: Tin
         (late,) = await tell(engine, stories, [request([5], deadline_s=engine.now() - 1)])
     assert late.failure == EXPIRED
     assert engine.counters.steps == 0
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "text"),
-    [
-        (
-            ExpertUnavailable(3, 1, "nobody is there"),
-            STATUS_DEADLINE_EXCEEDED,
-            "expert 3 in layer 1 .* nobody is there",
-        ),
-        (RuntimeError("a bug"), STATUS_INTERNAL, "internal error"),
-    ],
-    ids=["unavailable", "bug"],
-)
-async def test_a_failed_step_fails_its_sequences_and_no_others(
-    model: TinyModel, error: Exception, status: int, text: str
-) -> None:
-    stories = Stories()
-    experts = GatedExperts(model.experts)
-    engine = make_engine(model, stories, experts=experts, max_num_seqs=2)
-    async with running(engine):
-        experts.errors.append(error)
-        experts.gate.clear()
-        hit = [stories.of(engine.submit(request([5, 6], max_tokens=4))) for _ in range(2)]
-        spared = stories.of(engine.submit(request([7, 8], max_tokens=4)))
-        await asyncio.wait_for(experts.asked.wait(), 30)
-        experts.gate.set()
-        for story in hit:
-            await asyncio.wait_for(story.done.wait(), 30)
-            assert story.finish_reason is FinishReason.ERROR
-            assert story.failure is not None
-            assert story.failure.status == status
-            assert re.search(text, story.failure.text)
-        await asyncio.wait_for(spared.done.wait(), 30)
-        assert engine.counters.failed_steps == 1
-        assert engine.counters.failed_sequences == 2
-    (expected,) = await tell_fresh(model, [request([7, 8], max_tokens=4)])
-    assert spared.exact == expected.exact
 
 
 def with_poisoned_token(path: Path) -> TinyModel:
@@ -443,7 +419,7 @@ async def test_stopping_tells_everybody_and_frees_everything(model: TinyModel) -
     engine = make_engine(model, stories, max_num_seqs=1)
     async with running(engine):
         told = [stories.of(engine.submit(request([5], max_tokens=400))) for _ in range(3)]
-        await asyncio.wait_for(told[0].first.wait(), 30)
+        await asyncio.wait_for(told[0].first.wait(), 120)
     assert [story.failure for story in told] == [STOPPED] * 3
     assert len(engine.live) == 0
 
@@ -455,4 +431,4 @@ async def test_books_that_do_not_add_up_stop_the_engine(model: TinyModel) -> Non
     engine.scheduler.blocks.allocate(1)  # a block that no sequence holds
     engine.submit(request([5], max_tokens=1))
     with pytest.raises(AssertionError, match=r"block \d+ has 0 owners"):
-        await asyncio.wait_for(task, 30)
+        await asyncio.wait_for(task, 120)

@@ -4,14 +4,13 @@ import asyncio
 import os
 import random
 import socket
-import time
 from typing import Any, cast
 
 import grpc
 import pytest
 import torch
 
-from actors.expert.reply_stream import MAX_UNREAD_REPLIES, ReplyStream
+from actors.expert.reply_stream import MAX_UNREAD_BYTES, MAX_UNREAD_REPLIES, ReplyStream
 from actors.expert.service import SERVICE
 from protos import codec
 from protos import expert_pb2 as pb
@@ -181,7 +180,7 @@ def test_rows_that_expire_in_the_queue_are_not_computed() -> None:
         ):
             call = forward(channel)
             await call.write(codec.encode_request(header(1, deadline_unix_us=5_000), rows()))
-            await asyncio.to_thread(column.entered.wait, 10)
+            await asyncio.to_thread(column.entered.wait, 100)
             await call.write(codec.encode_request(header(2, deadline_unix_us=6_000), rows()))
             await until(there, 4)
             now[0] = 6_000
@@ -203,7 +202,7 @@ def test_older_rows_go_first_even_from_another_stream() -> None:
         async with served(column, experts=[0]) as there, channel_to(there.server.address) as channel:
             one, two = forward(channel), forward(channel)
             await one.write(codec.encode_request(header(1, count=1), rows(1)))
-            await asyncio.to_thread(column.entered.wait, 10)
+            await asyncio.to_thread(column.entered.wait, 100)
             await one.write(codec.encode_request(header(2, deadline_unix_us=FAR_FUTURE_US + 9, count=2), rows(2)))
             await until(there, 3)
             await two.write(codec.encode_request(header(1, deadline_unix_us=FAR_FUTURE_US + 5, count=3), rows(3)))
@@ -238,15 +237,13 @@ def test_what_a_client_left_behind_is_not_computed() -> None:
         async with served(column, experts=[0]) as there, channel_to(there.server.address) as channel:
             call = forward(channel)
             await call.write(codec.encode_request(header(1, count=1), rows(1)))
-            await asyncio.to_thread(column.entered.wait, 10)
+            await asyncio.to_thread(column.entered.wait, 100)
             for sequence in (2, 3):
                 await call.write(codec.encode_request(header(sequence, count=2), rows(2)))
             await until(there, 5)
-            other = forward(channel)
             call.cancel()
-            # The server's end of the cancelled call runs before that of a later message on the same connection.
-            await other.write(codec.encode_request(header(1, expert=7), rows()))
-            await other.read()
+            while there.service._forwards:  # noqa: ASYNC110 - the server's end of the call has ended; nobody is told
+                await asyncio.sleep(0.005)
             column.gate.set()
             await until(there, 0)
             assert column.calls == [(1, 1)]
@@ -309,6 +306,28 @@ def test_of_a_client_that_does_not_read_nothing_more_is_read() -> None:
     run(work())
 
 
+def test_of_a_client_that_leaves_large_replies_unread_nothing_more_is_read() -> None:
+    async def work() -> None:
+        stream, client = ReplyStream(), SlowReader()
+        writer = asyncio.create_task(stream.write_to(cast(Any, client)))
+        half = bytes(MAX_UNREAD_BYTES // 2)
+        for _ in range(2):
+            stream.push(half)
+        waiting = asyncio.create_task(stream.wait_for_room())
+        await asyncio.sleep(0)
+        stream.push(half)  # what was computed meanwhile
+        client.allow.release()
+        await client.wrote.wait()
+        await waiting  # one was read, one is in the writer's hands, and one may wait
+        stream.end()
+        client.allow.release()
+        client.allow.release()
+        await writer
+        assert client.written == [half] * 3
+
+    run(work())
+
+
 def test_drain_answers_what_is_in_flight_and_takes_nothing_new() -> None:
     async def work() -> None:
         column = FakeColumn(0)
@@ -319,7 +338,7 @@ def test_drain_answers_what_is_in_flight_and_takes_nothing_new() -> None:
             await call.write(codec.encode_request(header(1), rows()))
             await until(there, 2)
             assert (await drain(pb.DrainRequest(timeout_ms=10))).inflight_tokens == 2
-            draining = asyncio.create_task(there.service.drain(30))
+            draining = asyncio.create_task(there.service.drain(200))
             assert (await ask(call, header(2), rows())).status == pb.STATUS_DRAINING
             column.gate.set()
             assert await draining == 0
@@ -400,7 +419,7 @@ def test_a_hundred_hostile_messages_do_no_harm() -> None:
         writer.write(data)
         writer.write_eof()
         try:
-            await asyncio.wait_for(reader.read(), 5)
+            await asyncio.wait_for(reader.read(), 120)
         except OSError:
             pass  # the server may well slam the door
         finally:
@@ -422,7 +441,7 @@ def test_a_hundred_hostile_messages_do_no_harm() -> None:
                 raw: Any = channel.unary_unary(f"/{SERVICE}/{name}")
                 for _ in range(5):
                     with pytest.raises(grpc.aio.AioRpcError):
-                        await raw(b"\xff" + rng.randbytes(30), timeout=5)
+                        await raw(b"\xff" + rng.randbytes(30), timeout=60)
             for data in (b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + rng.randbytes(99)):
                 await shout(there.server.address, data)
             for _ in range(20):
@@ -442,9 +461,7 @@ def test_the_port_is_loopback_and_asks_for_the_token() -> None:
                     await forward(stranger).read()
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
             assert there.replica.counters.messages_total == 0
-            with socket.create_connection((host, there.server.port)):
-                started_s = time.monotonic()
-            assert time.monotonic() - started_s < 5
+            socket.create_connection((host, there.server.port)).close()
             assert TOKEN not in repr(there)
 
     run(work())

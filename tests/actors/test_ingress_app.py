@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from actors.front.coordinator_client import CoordinatorLost
 from actors.front.front_door import FrontDoor, FrontLimits
+from actors.front.resubmission import MAX_INTERNAL_RETRIES
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import load_tokenizer
 from protos.coordinator_pb2 import SequenceOutput
@@ -26,7 +27,7 @@ from protos.expert_pb2 import (
     STATUS_OVERLOADED,
 )
 from tests.support.front import CONTEXT, MODEL, VOCAB, ask, client_of, make_front, post, run
-from tests.support.scripted_coordinator import Event, Script, ScriptedCoordinator, failing, raising, saying
+from tests.support.scripted_coordinator import Event, Script, ScriptedCoordinator, failing, losing, raising, saying
 from tests.support.tokenizers import BOS_ID, EOS_ID, mixtral_sentencepiece, write_byte_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -56,8 +57,13 @@ def events(response: httpx2.Response) -> list[dict[str, Any]]:
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     blocks = response.content.decode("ascii").split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
-    assert all(block.startswith("data: {") and "\n" not in block for block in blocks[:-2])
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+    told = [block.split("\n") for block in blocks[:-2]]
+    datas = [lines.pop() for lines in told]
+    assert all(data.startswith("data: {") for data in datas)
+    answers = [json.loads(data.removeprefix("data: ")) for data in datas]
+    for lines, answer in zip(told, answers, strict=True):
+        assert [line.startswith("id: 1-") for line in lines] == ([] if "error" in answer else [True])
+    return answers
 
 
 def error_of(response: httpx2.Response) -> dict[str, Any]:
@@ -91,6 +97,7 @@ def test_a_completion(model_dir: Path) -> None:
             "prompt_tokens": num_prompt,
             "completion_tokens": num_said,
             "total_tokens": num_prompt + num_said,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
@@ -177,7 +184,8 @@ def test_n_choices_of_several_prompts(model_dir: Path) -> None:
     assert [list(submit.prompt_token_ids)[-1] for submit in coordinator.submits] == [*ids_of(model_dir, "a") * 2, 9, 9]
     assert [submit.sampling.seed for submit in coordinator.submits] == [40, 41, 40, 41]
     said = len(ids_of(model_dir, "ok")) + 1
-    assert body["usage"] == {"prompt_tokens": 2 + 3, "completion_tokens": 4 * said, "total_tokens": 5 + 4 * said}
+    counts = {"prompt_tokens": 2 + 3, "completion_tokens": 4 * said, "total_tokens": 5 + 4 * said}
+    assert body["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_a_stop_string_cuts_the_text_and_cancels_the_rest(model_dir: Path) -> None:
@@ -284,7 +292,8 @@ def test_scoring_a_prompt_without_generating(model_dir: Path) -> None:
     body = post(front, TEXT, prompt=[7, 8, 9], echo=True, logprobs=0, max_tokens=0).json()
     assert body["choices"][0]["finish_reason"] == "length"
     assert body["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    counts = {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert body["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert coordinator.submits[0].max_tokens == 0
     nothing = post(front, TEXT, prompt="abc", echo=True, max_tokens=0).json()
     assert nothing["choices"][0]["text"] == "abc"
@@ -319,7 +328,8 @@ def test_usage_in_streams(model_dir: Path) -> None:
         chunks = events(post(front, path, **prompt, stream=True, stream_options=options))
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts)
-        assert (counts[0], counts[-1]) == (1, whole["completion_tokens"])
+        first = 0 if path == CHAT else 1  # the role comes before any token
+        assert (counts[0], counts[-1]) == (first, whole["completion_tokens"])
 
 
 def test_a_stream_of_several_choices(model_dir: Path) -> None:
@@ -378,7 +388,11 @@ def test_a_conversation_that_the_template_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "param", "reason"),
     [
-        ([{"role": "tool", "content": "x"}], "messages[0].role", "'tool' is not one of system, user, assistant"),
+        (
+            [{"role": "function", "content": "x"}],
+            "messages[0].role",
+            "'function' is not one of system, user,",
+        ),
         ([*HELLO, {"role": "assistant", "content": "x"}], "messages", "the last message must be the user's"),
     ],
 )
@@ -541,10 +555,10 @@ def test_the_other_choices_are_cancelled_when_one_fails(model_dir: Path) -> None
             return failing(STATUS_INTERNAL, "no")(submit)
         return saying([7] * 30)(submit)
 
-    coordinator = ScriptedCoordinator(script)
+    coordinator = ScriptedCoordinator(script, hold_after=3)
     response = post(make_front(model_dir, coordinator), TEXT, prompt="p", n=3, seed=0, max_tokens=30)
     assert response.status_code == 500
-    assert len(coordinator.submits) == 3
+    assert len(coordinator.submits) == 3 + MAX_INTERNAL_RETRIES
     assert sorted(coordinator.cancelled)[0] == coordinator.submits[0].request_id
 
 
@@ -568,17 +582,34 @@ def test_another_coordinator_takes_over_before_the_first_token(model_dir: Path) 
     assert down.submits == []
 
 
-def test_nobody_starts_again_once_a_token_was_seen(model_dir: Path) -> None:
-    first, second = ScriptedCoordinator(raising(CoordinatorLost("gone"), after=[70])), speaker(model_dir, "ok")
+@pytest.mark.parametrize("stream", [False, True])
+def test_another_coordinator_goes_on_after_some_tokens(model_dir: Path, stream: bool) -> None:
+    """Nothing twice, nothing missing; the other one is told what was said."""
+    said = ids_of(model_dir, "one two")
+    first = ScriptedCoordinator(losing(saying(said), 3), address="a:1")
+    second = speaker(model_dir, "one two")
     second.inflight_tokens = 5
-    assert post(make_front(model_dir, first, second), TEXT, prompt="p").status_code == 503
-    assert second.submits == []
+    front = make_front(model_dir, first, second)
+    asked: dict[str, Any] = {"prompt": "p", "logprobs": 1, "echo": True, "stream": stream}
+    response = post(front, TEXT, **asked)
+    choices = [chunk["choices"][0] for chunk in events(response)] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == "pone two"
+    names = [name for choice in choices for name in choice["logprobs"]["tokens"]]
+    assert "".join(names) == "<s>pone two"
+    (lost,), (again,) = first.submits, second.submits
+    assert list(again.generated_token_ids) == said[:3]
+    assert lost.HasField("prompt_logprobs")
+    assert not again.HasField("prompt_logprobs"), "scores were told already"
+    again.ClearField("generated_token_ids")
+    lost.ClearField("prompt_logprobs")
+    assert again == lost, "all else is the same, the deadline and the seed too"
+    assert 'octavo_resubmissions_total{reason="lost"} 1.0' in front.metrics.render().decode()
 
 
 def test_a_silent_coordinator_is_given_up_after_the_deadline(model_dir: Path) -> None:
     coordinator = ScriptedCoordinator(saying([7, 8]), hold_after=0)
-    limits = FrontLimits(deadline_grace_s=0.01)
-    front = make_front(model_dir, coordinator, request_timeout_s=0.01, limits=limits)
+    limits = FrontLimits(deadline_grace_s=0.5)  # it must have been asked by then
+    front = make_front(model_dir, coordinator, request_timeout_s=0.5, limits=limits)
     response = post(front, TEXT, prompt="p")
     assert (response.status_code, error_of(response)["code"]) == (504, "request_timeout")
     assert coordinator.cancelled == [coordinator.submits[0].request_id]
@@ -660,6 +691,8 @@ def test_a_defect_is_answered_logged_and_counted(model_dir: Path, caplog: pytest
 sampled_fields = [
     *("prompt", "messages", "n", "stop", "max_tokens", "logprobs", "echo", "stream", "temperature", "top_p", "top_k"),
     *("seed", "min_tokens", "stop_token_ids", "stream_options", "model", "return_token_ids", "ignore_eos"),
+    *("logit_bias", "bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "priority"),
+    *("cache_salt", "request_id", "add_special_tokens", "continue_final_message", "chat_template_kwargs"),
 ]
 leaves = (
     st.none()

@@ -51,6 +51,48 @@ def with_client(front: FrontDoor, use: Callable[[openai.AsyncOpenAI], Awaitable[
     run(work())
 
 
+def test_the_official_client_reads_request_ids_scores_and_refusals(model_dir: Path) -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        messages: Any = [{"role": "user", "content": "hi"}]
+        chat = await client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            logprobs=True,
+            top_logprobs=2,
+            logit_bias={"70": -100, "71": 5},
+            user="someone",
+            extra_headers={"X-Request-Id": "call-7"},
+            extra_body={"prompt_logprobs": 0, "bad_words": ["no"], "priority": 3},
+        )
+        assert (chat.id, chat._request_id) == ("chatcmpl-call-7", "call-7")
+        scores = chat.choices[0].logprobs
+        assert scores is not None
+        assert scores.content is not None
+        said = b"".join(bytes(token.bytes or ()) for token in scores.content)
+        assert said.decode() == chat.choices[0].message.content == SAID
+        assert {len(token.top_logprobs) for token in scores.content} == {2}
+        assert (chat.model_extra or {})["prompt_logprobs"][0] is None
+        text = await client.completions.create(model=MODEL, prompt="p", logprobs=1, echo=True, max_tokens=3)
+        assert text._request_id is not None
+        assert text.id == f"cmpl-{text._request_id}"
+        assert text.choices[0].logprobs is not None
+        assert text.choices[0].logprobs.token_logprobs is not None
+        assert len(text.choices[0].logprobs.token_logprobs) == 2 + 3
+        with pytest.raises(openai.BadRequestError) as wrong:
+            await client.chat.completions.create(model=MODEL, messages=messages, logit_bias={"70": 101})
+        assert (wrong.value.param, wrong.value.code, wrong.value.type) == (
+            "logit_bias",
+            "invalid_value",
+            "invalid_request_error",
+        )
+        assert wrong.value.request_id is not None
+        model = await client.models.retrieve(MODEL)
+        assert (model.id, model.object) == (MODEL, "model")
+        assert [one.id async for one in client.models.list()] == [MODEL]
+
+    with_client(make_front(model_dir, speaker(model_dir)), use)
+
+
 def test_chat_with_the_official_client(model_dir: Path) -> None:
     async def use(client: openai.AsyncOpenAI) -> None:
         answer = await client.chat.completions.create(
@@ -137,7 +179,7 @@ def test_a_client_that_leaves_cancels_its_request(model_dir: Path, stream: bool,
     front = make_front(model_dir, coordinator)
 
     async def work() -> None:
-        async with serving(create_app(front)) as url, httpx2.AsyncClient() as client:
+        async with serving(create_app(front)) as url, httpx2.AsyncClient(timeout=120) as client:
             body = {"model": MODEL, "prompt": "p", "stream": stream, "n": 3}
             asking = asyncio.create_task(client.post(f"{url}/v1/completions", json=body))
             await coordinator.held.wait()

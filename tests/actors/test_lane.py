@@ -8,6 +8,7 @@ import platform
 import resource
 import secrets
 import socket
+import struct
 import sys
 import threading
 from asyncio.subprocess import PIPE
@@ -39,6 +40,7 @@ from actors.shared_rows import SharedRows
 from cluster.ids import ReplicaId
 from model.dispatch import DispatchPlan
 from protos import expert_pb2 as pb
+from protos.checksum import checksum
 from protos.lane import MAX_FRAME_BYTES, TICKET_BYTES, Hello, LaneReply, LaneRequest, Segment, is_welcome, welcome
 from tests.support import expert_process
 from tests.support.checkpoints import write_mixtral
@@ -58,6 +60,8 @@ from tests.support.experts import (
 from tests.support.memory_map import num_descriptors, num_regions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+ZEROS_CRC = [checksum(bytes(4 * WIDTH * rows)) for rows in range(3)]
+"""Of rows in memory that nobody has written to."""
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ async def memory(num_rows: int = 64, num_replies: int = 64, width: int = WIDTH) 
 
 
 async def attach(there: Served, mine: LaneMemory, counters: WireCounters | None = None) -> ExpertTransport:
-    transport = await Attacher(credentials(), mine, lane_only=True)(there.info(), counters or WireCounters(), 10)
+    transport = await Attacher(credentials(), mine, lane_only=True)(there.info(), counters or WireCounters(), 100)
     assert transport.lane == "shm"
     return transport
 
@@ -87,6 +91,11 @@ async def lane_to(there: Served, **sizes: int) -> AsyncIterator[tuple[ExpertTran
             yield transport, mine, counters
         finally:
             await transport.close()
+
+
+def sealed(content: bytes) -> bytes:
+    """A frame whose checksum is right, whatever is in it."""
+    return struct.pack("<I", checksum(content)) + content
 
 
 def parts(*counts: int) -> tuple[ExpertRows, ...]:
@@ -205,7 +214,7 @@ def test_answers_are_there_without_a_turn_of_the_event_loop() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, lane_to(there) as (transport, mine, _):
             reply = transport.forward(question(routed(mine, 2)))
             while not reply.done():
-                assert mine.doorbells.wait(10)
+                assert mine.doorbells.wait(100)
             assert isinstance(reply.outcome(), ExpertReply)
             assert not mine.doorbells.wait(0)
 
@@ -353,7 +362,7 @@ def test_a_deadline_that_passes_in_the_queue_is_not_computed() -> None:
             lane_to(there) as (two, second, _),
         ):
             running = one.forward(question(routed(first, 1)))
-            assert await asyncio.to_thread(column.entered.wait, 10)
+            assert await asyncio.to_thread(column.entered.wait, 100)
             # Both are read before either runs, and the first to run lets the other's deadline pass.
             early = one.forward(question(routed(first, 2), deadline_unix_us=20))
             late = two.forward(question(routed(second, 3), deadline_unix_us=30))
@@ -420,7 +429,7 @@ def test_a_ticket_is_good_once_and_not_for_long() -> None:
             offer = offered(there)
 
             async def connect(ticket: bytes) -> LaneTransport:
-                return await mine.connect("r", offer.endpoint, ticket, WireCounters(), 10)
+                return await mine.connect("r", offer.endpoint, ticket, WireCounters(), 100)
 
             for wrong in (b"x" * TICKET_BYTES, bytes(TICKET_BYTES)):
                 with pytest.raises(TransportError, match="lane to r: the replica closed the lane"):
@@ -459,7 +468,7 @@ def test_places_are_bounded_and_a_peer_that_says_nothing_loses_its_own() -> None
             endpoint = offered(there).endpoint
             for peer in silent:
                 peer.connect(f"\0{endpoint}")
-                assert await there.compute.call(lambda: True)
+            await all_let_in(there)
             now_s[0] += HELLO_S / 2
             await fails(attach_once(there, mine), "lane to r: ")  # closed before or after it has said hello
             now_s[0] += HELLO_S
@@ -471,9 +480,15 @@ def test_places_are_bounded_and_a_peer_that_says_nothing_loses_its_own() -> None
     run(work())
 
 
+async def all_let_in(there: Served) -> None:
+    """Returns once the listener was looked at `MAX_LANES` times: it is before every job, but perhaps the first."""
+    for _ in range(MAX_LANES + 1):
+        assert await there.compute.call(lambda: True)
+
+
 async def attach_once(there: Served, mine: LaneMemory) -> LaneTransport:
     offer = offered(there)
-    return await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 10)
+    return await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 100)
 
 
 def bad_hellos() -> list[tuple[str, Callable[[socket.socket, Hello, Sequence[int]], object]]]:
@@ -551,14 +566,14 @@ def test_a_frame_that_points_outside_is_answered_and_its_lane_goes_on() -> None:
             replies = SharedRows.create(8, WIDTH)
             with closing(greet(there, mine, replies)) as peer:
                 assert is_welcome(await heard(peer))
-                good = LaneRequest(1, 1, 1, FAR_FUTURE_US, 0, (Segment(0, 0, 2),))
+                good = LaneRequest(1, 1, 1, FAR_FUTURE_US, 0, (Segment(0, 0, 2),), ZEROS_CRC[2])
                 for sequence, change in enumerate(
                     ({"reply_row": 7}, {"segments": (Segment(0, 63, 2),)}, {"segments": (Segment(0, 2**63, 1),)}), 5
                 ):
                     peer.send(good._replace(sequence=sequence, **change).pack())  # type: ignore[arg-type]
                     reply = LaneReply.unpack(await heard(peer))
                     assert (reply.sequence, reply.status) == (sequence, pb.STATUS_INVALID)
-                peer.send(good._replace(sequence=8).pack() + bytes(2 * MAX_FRAME_BYTES))
+                peer.send(sealed(good._replace(sequence=8).pack()[4:] + b"x"))
                 assert LaneReply.unpack(await heard(peer)).status == pb.STATUS_CORRUPT
                 assert (column.calls, there.replica.counters.refused_total) == ([], 4)
                 peer.send(good._replace(sequence=9, reply_row=6).pack())
@@ -581,7 +596,7 @@ def test_what_a_coordinator_that_left_had_queued_is_dropped() -> None:
         ):
             leaving = await attach(there, gone)
             blocked = transport.forward(question(routed(mine, 1)))
-            assert await asyncio.to_thread(column.entered.wait, 10)
+            assert await asyncio.to_thread(column.entered.wait, 100)
             lost = leaving.forward(question(routed(gone, 3), *parts(3), layer=0))
             await leaving.close()
             with pytest.raises(TransportError, match="closed here"):
@@ -600,15 +615,19 @@ def test_what_a_coordinator_that_left_had_queued_is_dropped() -> None:
 def test_a_listener_without_descriptors_neither_spins_nor_gives_up(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, memory() as mine:
-            offer, peer = offered(there), doorbell()
+            offer = offered(there)
+            peers = [doorbell() for _ in range(20)]
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             free = os.dup(0)
             os.close(free)
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             try:
-                peer.connect(f"\0{offer.endpoint}")
-                while "no more lanes for now" not in caplog.text:
-                    await there.compute.call(lambda: None)
+                for peer in peers:  # what others close meanwhile is a place for one of them
+                    peer.connect(f"\0{offer.endpoint}")
+                    for _ in range(3):
+                        await there.compute.call(lambda: None)
+                    if "no more lanes for now" in caplog.text:
+                        break
                 before = caplog.text.count("no more lanes")
                 for _ in range(20):
                     await there.compute.call(lambda: None)  # each looks at every doorbell first
@@ -616,7 +635,8 @@ def test_a_listener_without_descriptors_neither_spins_nor_gives_up(caplog: pytes
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             await (await attach_once(there, mine)).close()  # after the one that waited
-            peer.close()
+            for peer in peers:
+                peer.close()
 
     run(work())
 
@@ -640,7 +660,7 @@ async def lane_to_a_liar(
 ) -> AsyncIterator[tuple[LaneTransport, socket.socket]]:
     loop = asyncio.get_running_loop()
     async with listening() as (endpoint, listener):
-        connecting = asyncio.create_task(mine.connect("liar", endpoint, b"t" * TICKET_BYTES, counters, 10))
+        connecting = asyncio.create_task(mine.connect("liar", endpoint, b"t" * TICKET_BYTES, counters, 100))
         peer, _ = await loop.sock_accept(listener)
         with closing(peer):
             peer.send(say or welcome())
@@ -652,9 +672,9 @@ async def lane_to_a_liar(
 @pytest.mark.parametrize(
     ("frame", "reason"),
     [
-        (b"x", "speaks another language: a reply of 1 bytes"),
+        (b"x", "speaks another language: a frame of 1 bytes is damaged"),
         (LaneReply(3, pb.STATUS_OK).pack(), "speaks another language: an answer to message 3, which was not sent"),
-        (b"\1" + bytes(7) + b"\xff" * 12, "speaks another language: status 4294967295 is unknown"),
+        (sealed(b"\1" + bytes(7) + b"\xff" * 20), "speaks another language: status 4294967295 is unknown"),
         (b"", "the replica's process is gone"),
     ],
 )
@@ -684,7 +704,7 @@ def test_a_second_answer_ends_the_lane() -> None:
         counters = WireCounters()
         async with memory() as mine, lane_to_a_liar(mine, counters) as (transport, peer):
             reply = transport.forward(question(routed(mine, 2)))
-            peer.send(LaneReply(1, pb.STATUS_OK).pack())
+            peer.send(LaneReply(1, pb.STATUS_OK, rows_crc=ZEROS_CRC[2]).pack())
             peer.send(LaneReply(1, pb.STATUS_OK).pack())
             assert (await reply).status == pb.STATUS_OK
             await transport.closed.wait()
@@ -710,7 +730,7 @@ def test_a_replica_that_reads_no_frames_is_overloaded_and_not_lost() -> None:
             again = transport.forward(question(x_ND))
             request = LaneRequest.unpack(await heard(peer), num_rows=64, num_replies=100_000)
             assert request.reply_row == len(replies) - 1  # the place of the one that was not sent
-            peer.send(LaneReply(request.sequence, pb.STATUS_OK).pack())
+            peer.send(LaneReply(request.sequence, pb.STATUS_OK, rows_crc=ZEROS_CRC[1]).pack())
             assert (await again).status == pb.STATUS_OK
 
     run(work())
@@ -727,9 +747,9 @@ def test_a_lane_that_cannot_be_opened_leaves_nothing() -> None:
 
             await fails(connect(endpoint, 0.01), "lane to r: no welcome in time")
             for nowhere in ("octavo-nowhere", "x" * 200):
-                await fails(connect(nowhere, 10), "lane to r: ")
+                await fails(connect(nowhere, 100), "lane to r: ")
             (await loop.sock_accept(listener))[0].close()
-            cancelled = connect(endpoint, 10)
+            cancelled = connect(endpoint, 100)
             peer, _ = await loop.sock_accept(listener)
             cancelled.cancel()
             await asyncio.wait({cancelled})
@@ -737,13 +757,13 @@ def test_a_lane_that_cannot_be_opened_leaves_nothing() -> None:
             Hello.unpack(await heard(peer))  # it had got that far
             assert await heard(peer) == b""
             peer.close()
-            wrong = connect(endpoint, 10)
+            wrong = connect(endpoint, 100)
             peer, _ = await loop.sock_accept(listener)
             peer.send(LaneReply(1, pb.STATUS_OK).pack())
             await fails(wrong, "not a welcome")
             peer.close()
             del cancelled, wrong
-            assert (num_descriptors(), num_regions()) == (descriptors, regions)
+            await until(lambda: (num_descriptors(), num_regions()) == (descriptors, regions))
 
     run(work())
 
@@ -815,8 +835,8 @@ def test_another_users_process_is_not_let_in() -> None:
                 assert await heard(peer) == b""
             as_nobody(lambda: listener.listen(1))
             with pytest.raises(TransportError, match="the doorbell is another user's"):
-                await mine.connect("r", endpoint, offer.ticket, WireCounters(), 10)
-            await (await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 10)).close()
+                await mine.connect("r", endpoint, offer.ticket, WireCounters(), 100)
+            await (await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 100)).close()
 
     run(work())
 
@@ -848,9 +868,9 @@ def test_a_lane_that_is_offered_and_cannot_be_opened_is_grpc_unless_it_is_forced
         async with served(FakeColumn(0), experts=[0], make_lanes=_Elsewhere) as there, memory() as mine:
             descriptors, regions = num_descriptors(), num_regions()
             forced = Attacher(credentials(), mine, lane_only=True)
-            await fails(forced(there.info(), WireCounters(), 10), "lane to replica: .*refused")
+            await fails(forced(there.info(), WireCounters(), 100), "lane to replica: .*refused")
             await until(lambda: (num_descriptors(), num_regions()) == (descriptors, regions))
-            transport = await Attacher(credentials(), mine)(there.info(), WireCounters(), 10)
+            transport = await Attacher(credentials(), mine)(there.info(), WireCounters(), 100)
             assert transport.lane == "grpc"
             await fine(transport, question(torch.ones(2, WIDTH)))
             await transport.close()
@@ -864,7 +884,7 @@ def test_without_a_lane_on_offer_a_forced_one_is_an_error() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, memory() as mine:
             await there.compute.call(there.lanes.close)
             with pytest.raises(TransportError, match="no same-node lane with this replica, and transport is shm"):
-                await Attacher(credentials(), mine, lane_only=True)(there.info(), WireCounters(), 10)
+                await Attacher(credentials(), mine, lane_only=True)(there.info(), WireCounters(), 100)
 
     run(work())
 
@@ -879,7 +899,7 @@ def test_a_lane_that_is_lost_is_replaced_by_what_the_replica_offers_then() -> No
             async with AsyncExitStack() as stack:
                 there = await stack.enter_async_context(served(FakeColumn(0), experts=[0]))
                 experts.apply_map(map_of(there.info(), experts=1))
-                await experts.wait_ready(10)
+                await experts.wait_ready(100)
                 assert experts.lanes() == {name: "shm"}
                 await there.compute.call(there.lanes.close)  # the lanes end, the replica does not
                 assert torch.equal(await experts.run(1, plan), expected_rows)
@@ -909,7 +929,7 @@ def test_many_rounds_in_little_shared_memory_are_all_exact() -> None:
             served(FakeColumn(2), experts=[2], replica_id="b") as two,
         ):
             experts.apply_map(map_of(one.info(), two.info(), experts=3))
-            await experts.wait_ready(10, all_replicas=True)
+            await experts.wait_ready(100, all_replicas=True)
             plans = [plan_of([1 + seed % 4, seed % 3, seed % 5], seed) for seed in range(40)]
             rounds = [experts.start(seed % 2, plan) for seed, plan in enumerate(plans)]  # all at once
             answers = await asyncio.gather(*(one.result() for one in rounds))
@@ -953,7 +973,7 @@ def test_a_killed_expert_is_noticed_at_once_and_leaves_nothing_here(arguments: d
             await killed_expert(arguments, mine)
             await until(lambda: (num_descriptors(), num_regions()) == (descriptors, regions))
 
-    run(work(), timeout_s=120)
+    run(work())
 
 
 async def killed_expert(arguments: dict[str, Any], mine: LaneMemory) -> None:
@@ -962,7 +982,7 @@ async def killed_expert(arguments: dict[str, Any], mine: LaneMemory) -> None:
         async with channel_to(facts["address"]) as channel:
             offer = await ask_for_a_lane(channel)
         # Without the health watch: the doorbell alone must tell.
-        transport = await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 20)
+        transport = await mine.connect("r", offer.endpoint, offer.ticket, WireCounters(), 100)
         x_ND = torch.ones(4, HIDDEN)
         assert (await transport.forward(question(x_ND))).status == pb.STATUS_OK
         process.kill()
@@ -991,7 +1011,7 @@ def test_a_killed_coordinator_leaves_nothing_at_the_expert(arguments: dict[str, 
             assert num_regions(pid) == 2
             assert num_descriptors(pid) > descriptors
             await expert_process.end(coordinator)  # kills it
-            await until(lambda: (num_descriptors(pid), num_regions(pid)) == (descriptors, 0))
+            await until(lambda: num_descriptors(pid) <= descriptors and num_regions(pid) == 0)
             async with channel_to(facts["address"]) as channel:
                 ask: Any = channel.unary_unary(
                     f"/{SERVICE}/Info", pb.InfoRequest.SerializeToString, pb.InfoReply.FromString
@@ -1001,4 +1021,4 @@ def test_a_killed_coordinator_leaves_nothing_at_the_expert(arguments: dict[str, 
         finally:
             await expert_process.end(process)
 
-    run(work(), timeout_s=120)
+    run(work())

@@ -1,11 +1,14 @@
 """A token sent once and summed where several of its experts live: fewer bytes, the same bits."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.dispatch.merging import MergedRows, merge
+from actors.dispatch.transport import ExpertRows
 from model.dispatch import DispatchPlan, WeightedAnswers, combine, dispatch
 from model.numerics import same_bits
 
@@ -14,6 +17,11 @@ def plan_of(tokens: int, experts: int, top_k: int, seed: int = 0) -> DispatchPla
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(tokens, 6, generator=generator)
     return dispatch(x_TD, torch.randn(tokens, experts, generator=generator), top_k)
+
+
+def parts_of(plan: DispatchPlan, experts: Iterable[int]) -> list[ExpertRows]:
+    """All rows of these experts."""
+    return [ExpertRows(expert, plan.rows(expert)) for expert in sorted(experts) if plan.counts[expert]]
 
 
 def computed(plan: DispatchPlan) -> torch.Tensor:
@@ -47,23 +55,28 @@ def answered(message: MergedRows, out_ND: torch.Tensor) -> torch.Tensor:
 def test_sums_made_elsewhere_have_the_bits_of_the_combine(
     tokens: int, experts: int, data: st.DataObject, most: int, seed: int
 ) -> None:
+    """Whole experts or parts of them, at up to three hosts."""
     top_k = data.draw(st.integers(1, experts))
     plan = plan_of(tokens, experts, top_k, seed)
     out_ND = computed(plan)
-    hosts = [set(range(experts))]
-    if data.draw(st.booleans()):
-        first = data.draw(st.sets(st.integers(0, experts - 1)))
-        hosts = [first, set(range(experts)) - first]
+    hosts: list[list[ExpertRows]] = [[], [], []]
+    for whole in parts_of(plan, range(experts)):
+        cuts = sorted(data.draw(st.lists(st.integers(whole.rows.start, whole.rows.stop), max_size=2)))
+        bounds = [whole.rows.start, *cuts, whole.rows.stop]
+        order = data.draw(st.permutations(hosts))
+        for host, start, stop in zip(order, bounds, bounds[1:], strict=False):
+            if start < stop:
+                host.append(ExpertRows(whole.expert_id, slice(start, stop)))
     got_ND, weights_TK = torch.full_like(out_ND, torch.nan), plan.weights_TK.clone()
-    for host in hosts:
+    for host in filter(None, hosts):
         messages = merge(plan, host, most)
         for message in messages:
             for row, entry in _rows_and_entries(message):
                 assert torch.equal(message.entries.x_UD[entry], plan.x_ND[row])
             message.unpack(answered(message, out_ND), got_ND, weights_TK)
         if not messages:
-            for expert in host:
-                got_ND[plan.rows(expert)] = out_ND[plan.rows(expert)]
+            for part in host:
+                got_ND[part.rows] = out_ND[part.rows]
     assert same_bits(combine(WeightedAnswers(got_ND, weights_TK), plan), combine(out_ND, plan))
 
 
@@ -74,7 +87,7 @@ def _rows_and_entries(message: MergedRows) -> list[tuple[int, int]]:
 
 def test_a_host_of_all_experts_gets_every_token_once() -> None:
     plan = plan_of(20, 8, 2)
-    (message,) = merge(plan, range(8), 64)
+    (message,) = merge(plan, parts_of(plan, range(8)), 64)
     assert len(message.entries.x_UD) == 20
     assert sum(part.num_rows for part in message.parts) == 40
 
@@ -82,20 +95,29 @@ def test_a_host_of_all_experts_gets_every_token_once() -> None:
 def test_only_the_first_experts_in_order_are_summed() -> None:
     logits_TE = torch.tensor([[9.0, 8.0, 7.0, 0.0]])  # experts 0, 1, 2
     plan = dispatch(torch.ones(1, 4), logits_TE, 3)
-    assert merge(plan, {1, 2}, 9) == []  # 1 + 2 first and then 0 would round otherwise
-    (message,) = merge(plan, {0, 1, 3}, 9)
+    assert merge(plan, parts_of(plan, {1, 2}), 9) == []  # 1 + 2 first and then 0 would round otherwise
+    (message,) = merge(plan, parts_of(plan, {0, 1, 3}), 9)
     assert message.tokens.tolist() == [0]
 
 
 def test_where_nothing_is_saved_nothing_is_merged() -> None:
-    assert merge(plan_of(10, 8, 1), range(8), 64) == []
-    assert merge(plan_of(10, 8, 2), {3}, 64) == []
+    for plan, experts in ((plan_of(10, 8, 1), range(8)), (plan_of(10, 8, 2), range(3, 4))):
+        assert merge(plan, parts_of(plan, experts), 64) == []
+
+
+def test_of_a_split_expert_only_the_rows_that_come_along_are_summed() -> None:
+    plan = plan_of(20, 2, 2)  # every token goes to both
+    first, second = parts_of(plan, range(2))
+    (message,) = merge(plan, [first, ExpertRows(1, slice(second.rows.start, second.rows.start + 5))], 64)
+    assert message.tokens.tolist() == list(range(5))
+    assert len(message.entries.x_UD) == 20
+    assert merge(plan, [ExpertRows(0, slice(0, 5)), ExpertRows(1, slice(30, 40))], 64) == [], "no token twice"
 
 
 @pytest.mark.parametrize("most", [1, 5, 7, 64])
 def test_messages_are_bounded_and_miss_no_row(most: int) -> None:
     plan = plan_of(33, 8, 2)
-    messages = merge(plan, {0, 1, 2, 5}, most)
+    messages = merge(plan, parts_of(plan, (0, 1, 2, 5)), most)
     assert all(len(message.entries.x_UD) <= max(most, 2) for message in messages)
     rows = sorted(row for message in messages for row, _ in _rows_and_entries(message))
     assert rows == sorted(row for expert in (0, 1, 2, 5) for row in range(33 * 2)[plan.rows(expert)])

@@ -23,6 +23,7 @@ from actors.front.openai_schema import (
     CompletionRequest,
     GenerationRequest,
 )
+from actors.front.request_fields import REFUSED_EVERYWHERE, REFUSED_IN_CHAT
 from protos.coordinator_pb2 import FINISH_REASON_ERROR, SequenceOutput
 from protos.expert_pb2 import (
     STATUS_CANCELLED,
@@ -103,6 +104,22 @@ GOOD: list[tuple[str, Any]] = [
     ("max_tokens", None),
     ("user", "someone"),
     ("logit_bias", {}),
+    ("logit_bias", {"0": -100, "299": 100.0}),
+    ("bad_words", []),
+    ("bad_words", ["a" * 256] * 128),
+    ("allowed_token_ids", [1]),
+    ("prompt_logprobs", 20),
+    ("truncate_prompt_tokens", -1),
+    ("truncation_side", "right"),
+    ("priority", -1000),
+    ("cache_salt", "s" * 256),
+    ("request_id", "Root=1-67891233-abcdef012345678912345678"),
+    ("add_special_tokens", False),
+    ("spaces_between_special_tokens", True),
+    ("thinking_token_budget", -1),
+    ("use_beam_search", False),
+    ("stream_interval", 1),
+    ("documents", []),
     ("tool_choice", "none"),
     ("some_future_field", {"deep": [1]}),
 ]
@@ -137,6 +154,33 @@ BAD: list[tuple[str, Any, str]] = [
     ("stream", "yes", "expected a boolean, but got a string"),
     ("model", None, "expected a string, but got null"),
     ("logit_bias", [1], "expected an object, but got an array"),
+    ("logit_bias", {"5": 100.1}, "each bias must be a number from -100 to 100"),
+    ("logit_bias", {"5": "1"}, "each bias must be a number"),
+    ("logit_bias", {"5": True}, "each bias must be a number"),
+    ("logit_bias", {"5": float("nan")}, "each bias must be a number"),
+    ("logit_bias", {"-1": 1}, "each key must be a token id"),
+    ("logit_bias", {"05": 1}, "each key must be a token id"),
+    ("logit_bias", {"hello": 1}, "each key must be a token id"),
+    ("logit_bias", {"9999999999": 1}, "each key must be a token id"),
+    ("logit_bias", {str(n): 0 for n in range(1025)}, "at most 1024 tokens, not 1025"),
+    ("bad_words", "word", "expected an array, but got a string"),
+    ("bad_words", [""], "each must have 1 to 256 characters"),
+    ("bad_words", ["a" * 257], "each must have 1 to 256 characters"),
+    ("bad_words", ["a"] * 129, "at most 128 items"),
+    ("allowed_token_ids", [], "at least 1 item"),
+    ("allowed_token_ids", [1] * 16_385, "at most 16384 items"),
+    ("prompt_logprobs", -1, "greater than or equal to 0"),
+    ("prompt_logprobs", 21, "less than or equal to 20"),
+    ("prompt_logprobs", True, "expected an integer, but got a boolean"),
+    ("truncate_prompt_tokens", -2, "greater than or equal to -1"),
+    ("truncation_side", "middle", "'left' or 'right'"),
+    ("priority", 1001, "less than or equal to 1000"),
+    ("priority", 0.5, "expected an integer, but got a decimal"),
+    ("cache_salt", "", "1 to 256 bytes"),
+    ("cache_salt", "é" * 129, "1 to 256 bytes"),
+    ("request_id", "a b", "1 to 64 letters, digits"),
+    ("request_id", "x" * 65, "1 to 64 letters, digits"),
+    ("user", 5, "expected a string, but got an integer"),
 ]
 
 
@@ -206,6 +250,52 @@ def test_bad_messages(message: object, param: str) -> None:
     assert refusal(ChatCompletionRequest, model="m", messages=[]).param == "messages"
 
 
+def test_fields_that_only_chats_have() -> None:
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({"chat_template_kwargs": {"x": "y" * 65_536}}, "chat_template_kwargs", "at most 65536 characters as JSON"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "expected an object"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "cannot be used with 'add_generation_prompt'",
+        ),
+        (
+            {"continue_final_message": True, "messages": [*HELLO, {"role": "assistant"}]},
+            "continue_final_message",
+            "the last message must have text",
+        ),
+    ]
+    for fields_, param, reason in wrong:
+        error = refusal(ChatCompletionRequest, **{"model": "m", "messages": HELLO, **fields_})
+        assert (error.status, error.param) == (400, param)
+        assert reason in error.message
+    assert chat(chat_template_kwargs={"x": [1, {"y": None}]}, continue_final_message=True).chat_template_kwargs
+
+
+def test_prompt_scores_are_not_for_streams() -> None:
+    error = refusal(CompletionRequest, model="m", prompt="p", prompt_logprobs=1, stream=True)
+    assert (error.param, error.code) == ("prompt_logprobs", "invalid_value")
+    assert "not available with 'stream'" in error.message
+
+
+def test_a_field_of_ours_cannot_be_set_from_outside() -> None:
+    assert completion(asked_in_vain={"n": "is nothing"}).unsupported_fields() == {}
+    assert "asked_in_vain" not in completion().model_dump()
+
+
+NOT_DONE = sorted({**REFUSED_EVERYWHERE, **REFUSED_IN_CHAT})
+
+
+@pytest.mark.parametrize("field", NOT_DONE)
+def test_what_is_known_and_not_done_is_refused_by_name_and_harmless_values_pass(field: str) -> None:
+    harmless, reason = {**REFUSED_EVERYWHERE, **REFUSED_IN_CHAT}[field]
+    for value in (None, False, [], {}, "", *harmless):
+        assert chat(**{field: value}).unsupported_fields() == {}
+    for value in (7, True, {"a": 1}, "x"):
+        if value not in harmless:
+            assert chat(**{field: value}).unsupported_fields() == {field: reason}
+
+
 def test_fields_that_need_another() -> None:
     assert refusal(CompletionRequest, model="m", prompt="p", stream_options={}).param == "stream_options"
     error = refusal(ChatCompletionRequest, model="m", messages=HELLO, top_logprobs=2)
@@ -226,9 +316,10 @@ def test_stream_options() -> None:
     [
         (completion(suffix="end"), "suffix"),
         (completion(best_of=3), "best_of"),
-        (completion(logit_bias={"5": 1}), "logit_bias"),
-        (chat(response_format={"type": "json_object"}), "response_format"),
-        (chat(tools=[{"type": "function"}]), "tools"),
+        (completion(use_beam_search=True), "use_beam_search"),
+        (chat(chat_template="{{ messages }}"), "chat_template"),
+        (chat(echo=True), "echo"),
+        (chat(function_call="auto"), "function_call"),
         (chat(functions=[{}]), "functions"),
         (chat(modalities=["audio"]), "modalities"),
     ],

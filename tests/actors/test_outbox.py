@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from actors.coordinator.outbox import Outbox, OutboxOverflow, cut, entries, positions
+from actors.coordinator import outbox as outbox_module
+from actors.coordinator.outbox import MAX_PENDING_ANSWERS, Outbox, OutboxOverflow, cut, entries, positions
 from protos.coordinator_pb2 import (
     FINISH_REASON_ERROR,
     FINISH_REASON_LENGTH,
@@ -78,6 +79,19 @@ async def test_too_many_requests_unread_stop_the_reading_of_more() -> None:
     await waiting
 
 
+async def test_too_many_refusals_unread_stop_the_reading_of_more() -> None:
+    box = Outbox()
+    for number in range(MAX_PENDING_ANSWERS - 1):
+        box.answer(output(number))
+    await box.wait_for_room()
+    box.answer(output(0))
+    waiting = asyncio.create_task(box.wait_for_room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    box.take()
+    await waiting
+
+
 async def test_too_much_unread_is_an_overflow() -> None:
     box = Outbox(max_entries=10)
     box.push([output(1, *range(10))])
@@ -113,6 +127,36 @@ async def test_a_long_story_is_cut_into_bounded_messages_and_nothing_is_lost(lim
             assert not is_last(told.get(part.request_id, SequenceOutput())), "nothing comes after the end"
             told.setdefault(part.request_id, SequenceOutput()).MergeFrom(part)
     assert told == whole
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 1000])
+@pytest.mark.parametrize("routed_bytes", [4, 12, 1 << 20])
+async def test_experts_come_with_the_tokens_that_they_precede(
+    limit: int, routed_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever loses the rest has, with n tokens, the experts of all positions before the n-th, and no others."""
+    monkeypatch.setattr(outbox_module, "MAX_REPLY_ROUTED_BYTES", routed_bytes)
+    draw = random.Random(limit)
+    box = Outbox()
+    prompts = {request_id: draw.randint(1, 9) for request_id in range(8)}
+    wholes: dict[int, SequenceOutput] = {}
+    for request_id, prompt in prompts.items():
+        tokens = draw.randint(1, 9)
+        rows = [bytes([request_id, row, 0, 0]) for row in range(prompt + tokens - 1)]
+        wholes[request_id] = output(request_id, *range(tokens), routed_experts=rows, finish_reason=FINISH_REASON_LENGTH)
+        first = output(request_id, 0, routed_experts=rows[:prompt])
+        rest = output(request_id, *range(1, tokens), routed_experts=rows[prompt:], finish_reason=FINISH_REASON_LENGTH)
+        box.push([first])
+        box.push([rest])
+    told: dict[int, SequenceOutput] = {}
+    while (reply := box.take(limit)).outputs:
+        assert sum(len(row) for one in reply.outputs for row in one.routed_experts) <= routed_bytes
+        for part in reply.outputs:
+            so_far = told.setdefault(part.request_id, SequenceOutput())
+            so_far.MergeFrom(part)
+            if so_far.token_ids:
+                assert len(so_far.routed_experts) == prompts[part.request_id] + len(so_far.token_ids) - 1
+    assert told == wholes
 
 
 async def test_room_is_counted_back_exactly_when_parts_are_taken() -> None:

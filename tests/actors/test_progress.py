@@ -12,7 +12,15 @@ from actors.command.chat import ChatError
 from actors.command.failures import one_line
 from actors.command.progress import show_placement, watch_start
 from actors.ray_runtime import ActorLost, RuntimeFailure
-from actors.supervision.status import ClusterStatus, CoordinatorStatus, LoadStatus, ReplicaStatus, render, size
+from actors.supervision.status import (
+    ClusterStatus,
+    CoordinatorStatus,
+    CopiesStatus,
+    LoadStatus,
+    ReplicaStatus,
+    render,
+    size,
+)
 
 SILENT = ReplicaStatus(replica_id="expert-0-r0", expert_ids=[0], layers=[0, 3], state="starting")
 EXPERT = replace(
@@ -93,6 +101,27 @@ def test_a_status_for_people(expert: ReplicaStatus) -> None:
     assert "expert-0-r0" in text
     assert expert.address in text
     assert "since start" in text
+
+
+@pytest.mark.parametrize(("queries", "hits", "shown"), [(0, 0, " - "), (200, 0, " 0% "), (200, 64, " 32% ")])
+def test_the_share_of_prompts_that_was_cached(queries: int, hits: int, shown: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    one = replace(
+        status("ready", EXPERT).coordinators[0], prefix_queries_tokens_total=queries, prefix_hits_tokens_total=hits
+    )
+    console.print(render(replace(status("ready", EXPERT), coordinators=[one])))
+    row = next(line for line in console.file.getvalue().splitlines() if "coordinator-0" in line)  # type: ignore[attr-defined]
+    assert f"0/10 x 32 {shown}" in row
+
+
+def test_copies_that_lack_are_shown_and_the_last_events() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    copies = [CopiesStatus(expert_id=0, ready=2, wanted=2), CopiesStatus(expert_id=1, ready=1, wanted=2)]
+    events = [f"event [{number}]" for number in range(9)]
+    console.print(render(replace(status("degraded", EXPERT), copies=copies, events=events)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "copies: expert 1 has 1 of 2\n" in text
+    assert [line.strip() for line in text.splitlines() if "event" in line] == events[-5:]
 
 
 def test_sizes_for_people() -> None:

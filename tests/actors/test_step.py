@@ -1,5 +1,7 @@
 """From a scheduled batch to rows of logits and from those to tokens: whose row is whose, and who fails alone."""
 
+from collections.abc import Sequence as Items
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from actors.coordinator.step_sampling import Choice, RowResult, sample_step
 from cluster.ids import SequenceId
 from cluster.scheduler import ScheduledBatch, ScheduledSequence
 from cluster.sequence import Sequence
+from model.sampling.masks import BadWords, OnlyTokens
 from model.sampling.sampler import SamplerState, SamplingParams
-from protos.expert_pb2 import STATUS_INTERNAL
+from protos.expert_pb2 import STATUS_INTERNAL, STATUS_INVALID
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -114,7 +117,7 @@ def test_a_row_that_is_no_distribution_fails_its_sequence_alone(bad_row: int) ->
 
 
 class Bug(SamplerState):
-    def penalize(self, row_V: torch.Tensor) -> None:
+    def adjust(self, row_V: torch.Tensor) -> None:
         raise ZeroDivisionError("a bug in one sequence's penalties")
 
 
@@ -201,6 +204,34 @@ def test_min_tokens_count_the_guesses_before_a_row() -> None:
     result = sample_step(says_stop, step.rows, {SequenceId(0): choice()})[SequenceId(0)]
     assert isinstance(result, RowResult)
     assert [place.token for place in result.sampled] == [4, 2], "the first must not stop, the second may"
+
+
+class Noting:
+    """A mask that forbids nothing and remembers after which outputs it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def apply(self, row_V: torch.Tensor, output_ids: Items[int]) -> None:
+        self.asked.append(list(output_ids))
+
+
+def test_masks_are_asked_after_all_output_and_the_guesses_that_came_true() -> None:
+    noting = Noting()
+    one = Choice(SamplerState(GREEDY, (), (7,)), None, None, (noting,))
+    assert drawn(one_hot(8, 1, 3), (8, 9), one) == [8, 1]
+    assert noting.asked == [[7], [7, 8]]
+
+
+def test_a_mask_that_ends_a_run_of_guesses_sends_it_another_way() -> None:
+    one = Choice(SamplerState(GREEDY, (), (7,)), None, None, (BadWords([[8, 9]]),))
+    assert drawn(one_hot(8, 9, 3) + one_hot(4, 4, 4) / 2, (8, 9), one) == [8, 4]
+
+
+def test_a_request_that_forbids_every_token_is_told_that_it_is_wrong() -> None:
+    one = Choice(SamplerState(GREEDY, (), (7,)), None, None, (OnlyTokens([3]), BadWords([[3]])))
+    failure = drawn(one_hot(3), (), one)
+    assert failure == Failure(STATUS_INVALID, "no token may come next: what the request forbids leaves none")
 
 
 @pytest.mark.parametrize(("bad_row", "expected"), [(0, None), (1, [8]), (2, [8, 9])])

@@ -12,6 +12,7 @@ from torch import Tensor
 from actors.coordinator.engine import Engine
 from actors.coordinator.engine_io import Failure, GenerationOutput, GenerationRequest
 from actors.coordinator.forward_driver import Experts, ForwardDriver
+from actors.coordinator.sequence_traces import SequenceTraces
 from cluster.ids import SequenceId
 from cluster.load import LoadCounter
 from cluster.microbatching import MicrobatchChooser, MicrobatchPolicy
@@ -20,7 +21,7 @@ from cluster.scheduler import Scheduler, SchedulerConfig
 from cluster.sequence import FinishReason
 from model.dispatch import Answers, DispatchPlan
 from model.experts import LocalExperts
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, default_kv_dtype
 from model.sampling.sampler import PositionLogprobs, SamplingParams
 from model.storage.checkpoint import Checkpoint
 from model.transformer import Backbone, load_local
@@ -47,7 +48,7 @@ class AsyncExperts:
     def __init__(self, local: LocalExperts) -> None:
         self._local = local
 
-    def start(self, layer: int, plan: DispatchPlan) -> Later:
+    def start(self, layer: int, plan: DispatchPlan, deadline_s: float | None = None) -> Later:
         return Later(self._run(layer, plan))
 
     async def _run(self, layer: int, plan: DispatchPlan) -> Tensor:
@@ -56,7 +57,7 @@ class AsyncExperts:
 
 
 class GatedExperts:
-    """Experts that answer only while `gate` is set, and raise the next of `errors` when there is one."""
+    """Experts that answer only while `gate` is set, and raise the next of `errors`, or `error` while there is one."""
 
     def __init__(self, inner: Experts) -> None:
         self.inner = inner
@@ -64,8 +65,11 @@ class GatedExperts:
         self.gate.set()
         self.asked = asyncio.Event()
         self.errors: list[Exception] = []
+        self.error: Exception | None = None
+        self.deadlines: list[float | None] = []
 
-    def start(self, layer: int, plan: DispatchPlan) -> Later:
+    def start(self, layer: int, plan: DispatchPlan, deadline_s: float | None = None) -> Later:
+        self.deadlines.append(deadline_s)
         return Later(self._run(layer, plan))
 
     async def _run(self, layer: int, plan: DispatchPlan) -> Answers:
@@ -73,6 +77,8 @@ class GatedExperts:
         await self.gate.wait()
         if self.errors:
             raise self.errors.pop()
+        if self.error is not None:
+            raise self.error
         return await self.inner.start(layer, plan).result()
 
 
@@ -85,8 +91,8 @@ class TinyModel:
     local: LocalExperts
 
     @classmethod
-    def load(cls, path: Path) -> "TinyModel":
-        backbone, local = load_local(Checkpoint.open(path))
+    def load(cls, path: Path, kernel: str | None = None, device: str = "cpu") -> "TinyModel":
+        backbone, local = load_local(Checkpoint.open(path), kernel, device)
         return cls(path, backbone, local)
 
     @property
@@ -101,9 +107,11 @@ class Story:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    routed: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
     num_outputs: int = 0
+    num_cached: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
     first: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -129,6 +137,8 @@ class Stories:
             story.tokens += output.token_ids
             story.logprobs += output.logprobs
             story.prompt_logprobs += output.prompt_logprobs
+            story.routed += output.routed_experts
+            story.num_cached = output.num_cached_tokens
             story.finish_reason = output.finish_reason
             story.failure = output.failure
             story.first.set()
@@ -152,6 +162,9 @@ def make_engine(
     eos_token_ids: Sequence[int] | None = None,
     microbatches: int | None = None,
     prompt_lookup: PromptLookupConfig | None = None,
+    prefix_caching: bool = True,
+    alarms: Callable[[], int] = lambda: 0,
+    traces: SequenceTraces | None = None,
 ) -> Engine:
     """An engine that does not run yet; blocks of 32 tokens."""
     config = model.backbone.config
@@ -163,8 +176,10 @@ def make_engine(
         max_waiting_tokens=1 << 16,
         max_model_len=max_model_len,
         prompt_lookup=prompt_lookup,
+        prefix_caching=prefix_caching,
     )
-    kv = KVCache(config, num_blocks, 32)
+    device = model.backbone.device
+    kv = KVCache(config, num_blocks, 32, default_kv_dtype(device), device)
     load = LoadCounter(config.num_layers, config.num_experts)
     fixed = None if microbatches is None else MicrobatchPolicy(choices=(microbatches,), min_tokens=microbatches)
     chooser = None if fixed is None else MicrobatchChooser(fixed)
@@ -173,6 +188,8 @@ def make_engine(
         scheduler=Scheduler(scheduler_config, num_blocks),
         eos_token_ids=config.eos_token_ids if eos_token_ids is None else eos_token_ids,
         sink=sink,
+        alarms=alarms,
+        traces=traces,
     )
 
 
@@ -200,7 +217,7 @@ async def tell(engine: Engine, stories: Stories, requests: Sequence[GenerationRe
     """Submits all at once to a running engine and waits until all have ended."""
     told = [stories.of(engine.submit(one)) for one in requests]
     for story in told:
-        await asyncio.wait_for(story.done.wait(), 60)
+        await asyncio.wait_for(story.done.wait(), 200)
     return told
 
 

@@ -25,9 +25,14 @@ WIDTH = 4
 FAR_FUTURE_US = 4_000_000_000_000_000  # the year 2096
 
 
-def run(work: Coroutine[Any, Any, None], timeout_s: float = 60) -> None:
-    """Runs a test's coroutine in an event loop of its own."""
-    asyncio.run(asyncio.wait_for(work, timeout_s))
+def run(work: Coroutine[Any, Any, None], timeout_s: float = 240.0) -> None:
+    """Runs a test's coroutine in an event loop of its own; the bound is for one that hangs."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(timeout_s):
+            await work
+
+    asyncio.run(bounded())
 
 
 def credentials() -> WireCredentials:
@@ -49,6 +54,7 @@ class FakeColumn:
     numerics_domain: str = "fake"
     weight_bytes: int = 8
     error: Exception | None = None
+    canaries: dict[int, bytes] = field(default_factory=dict)
     calls: list[tuple[int, int]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
@@ -58,11 +64,14 @@ class FakeColumn:
 
     def forward(self, layer: int, x_MD: torch.Tensor) -> torch.Tensor:
         self.entered.set()
-        assert self.gate.wait(30)
+        assert self.gate.wait(200)
         self.calls.append((layer, len(x_MD)))
         if self.error is not None:
             raise self.error
         return answer(self.expert, layer, x_MD)
+
+    def canary(self, layer: int) -> bytes:
+        return self.canaries.get(layer, b"as ever")
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """A deterministic stand-in for the model: the next token depends on all before it, read from a paged cache.
 
-The cache is as real as it gets without tensors: KV blocks of cells, a token and its sequence in each.
-A block that is lent to two sequences, freed too early or forgotten shows as a wrong read.
+The cache is as real as it gets without tensors: KV blocks of cells, and in each all that its position depends on: the
+root of those that may share it, and the tokens up to it, as they were read from the cell before when it was written.
+A block that is lent to a stranger, freed too early, forgotten, or shared before it is whole shows as a wrong read.
 """
 
 import zlib
@@ -43,13 +44,15 @@ class PagedFakeModel:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
-        self._cells: list[tuple[SequenceId, int] | None] = [None] * (num_blocks * block_size)
+        self._cells: list[tuple[bytes | int, ...] | None] = [None] * (num_blocks * block_size)
 
     def write(self, batch: ScheduledBatch) -> None:
         """The first half of a step: what the batch's tokens leave in the cache."""
         for item in batch.items:
+            before = self._read(item, item.start - 1) if item.start else (item.sequence.prefix_root,)
             for offset, token in enumerate(item.token_ids):
-                self._cells[self._cell(item, item.start + offset)] = (item.sequence.seq_id, token)
+                before = (*before, token)
+                self._cells[self._cell(item, item.start + offset)] = before
 
     def sample(self, batch: ScheduledBatch) -> dict[SequenceId, list[int]]:
         """The second half: read each sequence's whole context back, and choose its next token.
@@ -58,7 +61,11 @@ class PagedFakeModel:
         """
         tokens: dict[SequenceId, list[int]] = {}
         for item in batch.items:
-            context = [self._read(item, position) for position in range(item.stop)]
+            context = [*item.sequence.token_ids(0, item.start), *item.token_ids]
+            for position in range(item.stop):
+                found = self._read(item, position)
+                wanted = (item.sequence.prefix_root, *context[: position + 1])
+                assert found == wanted, f"position {position} of {item} was overwritten: {found}"
             if item.needs_token and not item.sequence.is_finished:
                 tokens[item.sequence.seq_id] = self._sample(item, context)
         return tokens
@@ -75,9 +82,7 @@ class PagedFakeModel:
         block = item.block_table[position // self._block_size]
         return block * self._block_size + position % self._block_size
 
-    def _read(self, item: ScheduledSequence, position: int) -> int:
+    def _read(self, item: ScheduledSequence, position: int) -> tuple[bytes | int, ...]:
         cell = self._cells[self._cell(item, position)]
         assert cell is not None, (item, position)
-        owner, token = cell
-        assert owner == item.sequence.seq_id, f"position {position} of {item} was overwritten by {owner}"
-        return token
+        return cell

@@ -11,12 +11,14 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
+from actors.front.bounded_http import BoundedHttp
 from actors.front.coordinator_pool import Coordinator, CoordinatorPool
 from actors.front.front_door import FrontDoor
 from actors.front.http_app import create_app
 from actors.front.metrics import FrontMetrics
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import load_tokenizer
+from model.text.tokenizer_info import tokenizer_info
 from tests.support.tokenizers import EOS_ID, write_byte_tokenizer
 
 MODEL = "tiny"
@@ -26,13 +28,14 @@ CONTEXT = 512
 Result = TypeVar("Result")
 
 
-def run(work: Awaitable[Result], timeout_s: float = 60.0) -> Result:
-    """Runs a test's coroutine, not for ever."""
+def run(work: Awaitable[Result], timeout_s: float = 240.0) -> Result:
+    """Runs a test's coroutine, not for ever; the bound is for one that hangs, on the slowest of machines."""
     return asyncio.run(_bounded(work, timeout_s))
 
 
 async def _bounded(work: Awaitable[Result], timeout_s: float) -> Result:
-    return await asyncio.wait_for(work, timeout_s)
+    async with asyncio.timeout(timeout_s):
+        return await work
 
 
 def make_front(model_dir: Path, *coordinators: Coordinator, **changes: Any) -> FrontDoor:
@@ -40,7 +43,8 @@ def make_front(model_dir: Path, *coordinators: Coordinator, **changes: Any) -> F
     if not (model_dir / "tokenizer.json").exists():
         write_byte_tokenizer(model_dir, VOCAB)
     tokenizer = load_tokenizer(model_dir)
-    pool = CoordinatorPool(coordinators)
+    template = changes.get("chat_template") or ChatTemplate.load(model_dir, tokenizer)
+    pool = changes.get("coordinators") or CoordinatorPool(coordinators)
     parts: dict[str, Any] = {
         "model_id": MODEL,
         "system_fingerprint": "fp_test",
@@ -50,9 +54,10 @@ def make_front(model_dir: Path, *coordinators: Coordinator, **changes: Any) -> F
         "eos_ids": frozenset({EOS_ID}),
         "request_timeout_s": 600.0,
         "tokenizer": tokenizer,
-        "chat_template": ChatTemplate.load(model_dir, tokenizer),
+        "chat_template": template,
+        "tokenizer_info": tokenizer_info(model_dir, tokenizer, template),
         "coordinators": pool,
-        "metrics": FrontMetrics(MODEL, lambda: pool.last_snapshots),
+        "metrics": FrontMetrics(MODEL, lambda: pool.last_snapshots, lambda: pool.resubmissions),
         "wall_clock": lambda: 1_800_000_000.0,
         "draw_seed": lambda: 1000,
     }
@@ -84,12 +89,14 @@ def post(front: FrontDoor, path: str, **body: Any) -> httpx2.Response:
 
 
 @asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[str]:
+async def serving(app: FastAPI, http: type[BoundedHttp] = BoundedHttp) -> AsyncIterator[str]:
     """The application behind uvicorn on a free port of the loopback; gives its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, http=http)
+    )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

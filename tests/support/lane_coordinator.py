@@ -32,7 +32,7 @@ async def _main(about: dict[str, Any]) -> None:
         node_id=NodeId("node"),
         numerics_domain=about["numerics_domain"],
     )
-    transport = await Attacher(credentials(), memory, lane_only=True)(replica, WireCounters(), 20)
+    transport = await Attacher(credentials(), memory, lane_only=True)(replica, WireCounters(), 120)
     x_ND = torch.ones(8, about["width"])
     for _ in range(NUM_MESSAGES):
         transport.forward(ExpertRequest(0, 1, FAR_FUTURE_US, (ExpertRows(0, slice(0, 8)),), x_ND))

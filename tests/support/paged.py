@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.batch import ForwardBatch
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, default_kv_dtype
 from model.storage.checkpoint import Checkpoint
 from model.transformer import load_local, run_local
 
@@ -22,11 +22,20 @@ BLOCK_SIZE = 32
 class PagedModel:
     """A loaded model with one KV cache; sequences are named by the caller and own blocks until released."""
 
-    def __init__(self, path: Path, *, kernel: str | None = None, num_blocks: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kernel: str | None = None,
+        num_blocks: int = 256,
+        seed: int = 0,
+        device: str = "cpu",
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.checkpoint = Checkpoint.open(path)
         self.config = self.checkpoint.config
-        self.backbone, self.experts = load_local(self.checkpoint, kernel)
-        self.kv = KVCache(self.config, num_blocks, BLOCK_SIZE)
+        self.backbone, self.experts = load_local(self.checkpoint, kernel, device)
+        self.kv = KVCache(self.config, num_blocks, BLOCK_SIZE, kv_dtype or default_kv_dtype(device), device)
         for layer in range(self.config.num_layers):
             self.kv.kv(layer).fill_(torch.nan)
         generator = torch.Generator().manual_seed(seed)

@@ -35,8 +35,10 @@ def raw_server(answer: Answer, models: str | None = None) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     loop = asyncio.new_event_loop()
     stopping = asyncio.Event()
+    handlers: set[asyncio.Task[None] | None] = set()  # once its client has left, a silent one is held by nobody else
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.add(asyncio.current_task())
         try:
             posted = await _read(reader)
             if posted.body:
@@ -47,14 +49,16 @@ def raw_server(answer: Answer, models: str | None = None) -> Iterator[str]:
             pass  # the client left, or the block ended
         finally:
             writer.close()
+            handlers.discard(asyncio.current_task())
 
     async def serve() -> None:
         async with await asyncio.start_server(handle, sock=listener):
             await stopping.wait()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # one that ends may have begun another
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0)
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()

@@ -9,6 +9,7 @@ from typing import Any
 from actors.channels import GrpcServer, WireCredentials, open_channel, serve_grpc
 from actors.coordinator.engine import Engine
 from actors.coordinator.engine_io import Failure
+from actors.coordinator.grammars import Grammars
 from actors.coordinator.service import SERVICE, ControlHooks, CoordinatorService
 from actors.coordinator.submit_check import SubmitLimits
 from actors.map_wire import MapRefused
@@ -37,7 +38,14 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def served(model: TinyModel, *, port: int = 0, **settings: Any) -> AsyncIterator[Served]:
+async def served(
+    model: TinyModel,
+    *,
+    port: int = 0,
+    routed_experts: bool = False,
+    grammars: Grammars | None = None,
+    **settings: Any,
+) -> AsyncIterator[Served]:
     """Serves until the block ends, then audits the engine's books."""
     maps: list[ExpertMap] = []
 
@@ -55,7 +63,7 @@ async def served(model: TinyModel, *, port: int = 0, **settings: Any) -> AsyncIt
     hooks = ControlHooks(
         apply_map=apply,
         map_epoch=lambda: maps[-1].epoch if maps else 0,
-        snapshot=lambda: SnapshotReply(coordinator_id="coordinator-0"),
+        snapshot=lambda: SnapshotReply(coordinator_id="coordinator-0", state="ready"),
         drain=drain,
     )
     service = CoordinatorService(hooks, CLOSED)
@@ -63,10 +71,11 @@ async def served(model: TinyModel, *, port: int = 0, **settings: Any) -> AsyncIt
     limits = SubmitLimits(
         vocab_size=model.backbone.config.vocab_size,
         max_model_len=engine.scheduler.max_model_len,
-        request_timeout_s=60.0,
+        request_timeout_s=600.0,
+        routed_experts=routed_experts,
     )
     server = await serve_grpc(service.register, service=SERVICE, host="127.0.0.1", port=port, credentials=CREDENTIALS)
-    service.open(engine, limits)
+    service.open(engine, limits, grammars)
     try:
         async with running(engine):
             yield Served(service, engine, server, maps)
@@ -101,7 +110,7 @@ class RawStream:
 
     async def read(self) -> list[SequenceOutput]:
         """The next reply's outputs. Raises AioRpcError, or EOFError at a good end."""
-        reply = await asyncio.wait_for(self.call.read(), 30)
+        reply = await asyncio.wait_for(self.call.read(), 120)
         if not hasattr(reply, "outputs"):
             raise EOFError
         self.num_replies += 1

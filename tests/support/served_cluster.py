@@ -1,7 +1,9 @@
 """A real cluster for end-to-end tests: `octavo serve` in a process of its own, as a person would type it."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,19 +11,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
 
 from actors import ray_runtime
-from actors.supervision.client import find_supervisor
+from actors.supervision.client import SupervisorClient, find_supervisor
 from actors.supervision.status import ClusterStatus
 
 NAMESPACE = "octavo"
 WITH_PARENT = Path(__file__).with_name("with_parent.py")
 START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 90.0
-COMMAND_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 240.0
+COMMAND_TIMEOUT_S = 240.0
 
 
 class ServedCluster:
@@ -30,8 +33,10 @@ class ServedCluster:
     def __init__(self, home: Path, model: Path, *options: str) -> None:
         self.model = model
         self.home = home
+        self._joined = options[options.index("--address") + 1] if "--address" in options else None
         self.port = free_port()
         self.env = environment(home)
+        self._clients: list[openai.OpenAI] = []
         self.log = home / f"serve-{self.port}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -49,19 +54,32 @@ class ServedCluster:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> openai.OpenAI:
-        """The official client, without retries that would hide an error."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        """The official client, without retries that would hide an error; closed when the cluster stops."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        self._clients.append(client)
+        return client
 
     def status(self) -> ClusterStatus:
         """What `octavo status` shows, asked over a connection that is kept: a command takes seconds each time."""
-        address = str(json.loads((self.home / "cache/octavo/running.json").read_text())["ray_address"])
+        return self.supervisor().status()
+
+    def supervisor(self) -> SupervisorClient:
+        """Found by Ray's head; once it has answered, it is asked without."""
+        record = self.home / "cache/octavo/running.json"
+        address = self._joined or str(json.loads(record.read_text())["ray_address"])
         if ray_runtime.is_connected() and ray_runtime.address() != address:
             ray_runtime.disconnect()
         if not ray_runtime.is_connected():
             ray_runtime.connect(address, NAMESPACE)
         supervisor = find_supervisor(NAMESPACE)
         assert supervisor is not None, "the cluster has no supervisor"
-        return supervisor.status()
+        return supervisor
+
+    def coordinators(self) -> list[dict[str, Any]]:
+        """What each coordinator says of itself now; `status`, which must have been asked before, is a round old."""
+        names = [name for name in ray_runtime.names(NAMESPACE) if name.startswith("coordinator/")]
+        found = [ray_runtime.find(name, NAMESPACE) for name in names]
+        return [dict(one.call_sync("info", timeout_s=60.0)) for one in found if one is not None]
 
     def processes(self) -> list[psutil.Process]:
         """The serving process and everything it started, Ray's own included."""
@@ -73,7 +91,11 @@ class ServedCluster:
         ray_runtime.disconnect()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(STOP_TIMEOUT_S)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        finally:
+            while self._clients:
+                self._clients.pop().close()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -108,8 +130,20 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
+def command_line(process: psutil.Process) -> str:
+    """What a process was started with, or calls itself; nothing if it has ended since it was found."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, nor is given meanwhile: below those that the system chooses from.
+
+    A cluster starts dozens of processes, each with ports of the system's choice, before it binds the one it was told.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return int(probe.getsockname()[1])

@@ -13,6 +13,7 @@ from actors.expert.actor import ExpertActor
 from actors.front.coordinator_client import CoordinatorClient
 from actors.front.front_door import FrontDoor, load_front
 from actors.map_wire import map_to_wire
+from actors.tracing.opening import open_tracer
 from cluster.config import ClusterConfig
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
@@ -44,13 +45,13 @@ class TinyCluster:
 
 
 @asynccontextmanager
-async def tiny_cluster(model_dir: Path, **config: Any) -> AsyncIterator[TinyCluster]:
+async def tiny_cluster(model_dir: Path, *, expert_device: str = "cpu", **config: Any) -> AsyncIterator[TinyCluster]:
     """A cluster for the checkpoint in `model_dir`: one expert actor per expert, one coordinator, all ready."""
     chosen = ClusterConfig(
         **{"model": str(model_dir), "coordinator_threads": 1, "kv_cache_bytes": 1 << 24, "device": "cpu", **config}
     )
     async with AsyncExitStack() as stack:
-        expert_map = await _start_experts(stack, model_dir)
+        expert_map = await _start_experts(stack, model_dir, expert_device)
         coordinator = Coordinator(coordinator_id="coordinator-0", config=chosen, auth_token=TOKEN)
         stack.push_async_callback(coordinator.stop)
         address = await coordinator.start()
@@ -64,12 +65,14 @@ async def tiny_cluster(model_dir: Path, **config: Any) -> AsyncIterator[TinyClus
             model_id="tiny",
             max_model_len=ready.max_model_len,
             system_fingerprint=f"fp_{ready.weights_id[:10]}",
-            request_timeout_s=60.0,
+            request_timeout_s=600.0,
+            routed_experts=chosen.enable_return_routed_experts,
+            spans=open_tracer(chosen, "ingress", "ingress-0"),
         )
         yield TinyCluster(model_dir, address, coordinator, front, client)
 
 
-async def _start_experts(stack: AsyncExitStack, model_dir: Path) -> ExpertMap:
+async def _start_experts(stack: AsyncExitStack, model_dir: Path, device: str) -> ExpertMap:
     shape = read_config(model_dir)
     replicas = []
     for expert in range(shape.num_experts):
@@ -80,7 +83,7 @@ async def _start_experts(stack: AsyncExitStack, model_dir: Path) -> ExpertMap:
             num_layers=shape.num_layers,
             model=str(model_dir),
             kernel="auto",
-            device="cpu",
+            device=device,
             auth_token=TOKEN,
         )
         stack.push_async_callback(actor.stop)
@@ -103,7 +106,7 @@ async def _start_experts(stack: AsyncExitStack, model_dir: Path) -> ExpertMap:
 
 async def _publish(address: str, expert_map: ExpertMap) -> None:
     async with open_channel(address, WireCredentials(TOKEN)) as channel:
-        await CoordinatorServiceStub(channel).PublishMap(map_to_wire(expert_map), timeout=10)  # type: ignore[no-untyped-call]
+        await CoordinatorServiceStub(channel).PublishMap(map_to_wire(expert_map), timeout=120)  # type: ignore[no-untyped-call]
 
 
 async def _ready(client: CoordinatorClient) -> SnapshotReply:
@@ -114,9 +117,12 @@ async def _ready(client: CoordinatorClient) -> SnapshotReply:
 
 async def _until(client: CoordinatorClient, holds: Callable[[SnapshotReply], bool]) -> SnapshotReply:
     """A coordinator tells nobody when something changes: it is asked again and again."""
-    for _ in range(3000):
-        reply = await client.snapshot()
-        if holds(reply):
-            return reply
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"still not: {reply}")
+    reply = await client.snapshot()
+    try:
+        async with asyncio.timeout(120):
+            while not holds(reply):
+                await asyncio.sleep(0.01)
+                reply = await client.snapshot()
+    except TimeoutError:
+        raise AssertionError(f"still not: {reply}") from None
+    return reply
