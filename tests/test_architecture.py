@@ -19,8 +19,18 @@ MAY_IMPORT_ROOMS = {
 }
 # Third-party packages a leaf may use; None means any.
 MAY_IMPORT_OTHERS: dict[str, set[str] | None] = {
-    "model": {"torch", "safetensors", "sentencepiece", "tokenizers", "jinja2", "gguf", "numpy"},
-    "protos": {"google", "grpc", "grpc_tools", "torch"},
+    "model": {
+        "torch",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "jinja2",
+        "gguf",
+        "google_crc32c",
+        "numpy",
+        "llguidance",
+    },
+    "protos": {"google", "google_crc32c", "grpc", "grpc_tools", "torch"},
     "cluster": {"numpy"},
     "actors": None,
     "experiments": None,
@@ -104,6 +114,12 @@ def test_only_the_config_reads_the_environment_of_decisions(path: Path) -> None:
         text = path.read_text()
         assert "os.environ" not in text, f"{relative(path)} reads the environment"
         assert "os.getenv" not in text, f"{relative(path)} reads the environment"
+
+
+@pytest.mark.parametrize("path", sources(), ids=relative)
+def test_nobody_waits_in_a_way_that_may_lose_a_cancellation(path: Path) -> None:
+    """`asyncio.wait_for` of Python 3.11 swallows one that comes as the awaited thing ends: loops then never end."""
+    assert "asyncio.wait_for(" not in path.read_text(), f"{relative(path)}: use asyncio.timeout"
 
 
 @pytest.mark.parametrize("path", sources(), ids=relative)

@@ -2,17 +2,20 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray.serve._private import constants as serve_constants
 
-from actors import ray_runtime
+from actors import local_ray, ray_runtime
 from actors.ray_runtime import ActorLost
-from actors.supervision.fleet import Fleet, View
+from actors.supervision.fleet import Fleet
+from actors.supervision.member import View
 from tests.support.front import run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SPACE = "runtime-test"
 
@@ -33,8 +36,12 @@ class Process:
         return self.address
 
     async def info(self) -> dict[str, Any]:
-        facts = {"pid": os.getpid(), "color": os.environ.get("COLOR")}
+        loops = [getattr(serve_constants, variable) for variable in local_ray.ONE_LOOP]
+        facts = {"pid": os.getpid(), "color": os.environ.get("COLOR"), "loops_of_their_own": any(loops)}
         return {"state": "ready", "detail": "", "address": self.address, "node_id": "", **facts}
+
+    async def ended(self) -> None:
+        await asyncio.Event().wait()
 
     async def wait(self) -> None:
         await asyncio.Event().wait()
@@ -76,12 +83,13 @@ def test_started_named_adopted_and_killed() -> None:
         first = await look(fleet, "one", "ready")
         assert first.info is not None
         assert first.info["color"] == "red"
+        assert not first.info["loops_of_their_own"], "Ray Serve's processes are started alike"
         assert first.info["pid"] != os.getpid()
         assert first.node_id == ray_runtime.own_node_id()
         assert "expert/one/1" in ray_runtime.names(SPACE)
 
         heir = Fleet(SPACE, "expert")
-        heir.adopt(["one"])
+        await heir.adopt()
         second = await look(heir, "one", "ready")
         assert second.info is not None
         assert second.info["pid"] == first.info["pid"]
@@ -92,7 +100,7 @@ def test_started_named_adopted_and_killed() -> None:
         await heir.stop_all()
         assert ray_runtime.find("expert/one/1", SPACE) is None
 
-    run(work(), 200)
+    run(work())
 
 
 def test_what_keeps_an_actor_from_starting_is_said() -> None:
@@ -106,7 +114,7 @@ def test_what_keeps_an_actor_from_starting_is_said() -> None:
             await fleet.members["three"].actor.call("info", timeout_s=60.0)
         await fleet.stop_all()
 
-    run(work(), 200)
+    run(work())
 
 
 def test_one_name_is_one_actor_and_calls_from_threads_fail_alike() -> None:
@@ -122,3 +130,39 @@ def test_one_name_is_one_actor_and_calls_from_threads_fail_alike() -> None:
     one.kill()
     with pytest.raises(ActorLost, match="four"):
         two.call_sync("info", timeout_s=60.0)
+
+
+class Subscriber:
+    """A poll that has nothing to wait for returns at once; `polls` counts them."""
+
+    def __init__(self) -> None:
+        self.polls = self.closed = 0
+        self.found: Any = None
+        self.polled = threading.Event()
+
+    def poll(self, timeout: float | None = None) -> tuple[None, Any]:
+        self.polls += 1
+        self.polled.set()
+        return None, self.found
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_driver_whose_head_is_away_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "POLL_PAUSE_S", 200.0)
+    inner = Subscriber()
+    paced = ray_runtime._PacedSubscriber(inner)
+    inner.found = "an error"
+    assert paced.poll() == (None, "an error")
+    inner.found = None
+    inner.polled.clear()
+    polling = threading.Thread(target=paced.poll)
+    polling.start()
+    assert inner.polled.wait(60)
+    polling.join(0.2)
+    assert polling.is_alive()
+    paced.close()
+    polling.join(60)
+    assert not polling.is_alive()
+    assert (inner.polls, inner.closed) == (2, 1)

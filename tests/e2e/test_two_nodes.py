@@ -5,24 +5,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray.cluster_utils import Cluster
 
+from tests.support.ray_nodes import PatientCluster
 from tests.support.served_cluster import ServedCluster, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[Cluster]:
+def two_nodes() -> Iterator[PatientCluster]:
     """Two raylets on this machine; each is a node to Ray."""
     memory = 128 * 1024 * 1024
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory})
+    nodes = PatientCluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory})
     nodes.add_node(num_cpus=1, object_store_memory=memory)
     yield nodes
     nodes.shutdown()
 
 
-def test_experts_spread_and_their_copies_are_apart(two_nodes: Cluster, tmp_path: Path, tiny_model: Path) -> None:
+def test_experts_spread_and_their_copies_are_apart(two_nodes: PatientCluster, tmp_path: Path, tiny_model: Path) -> None:
     options = ("--address", two_nodes.address, "--experts-per-actor", "4", "--replicas", "2")
     served = ServedCluster(tmp_path, tiny_model, *options)
     try:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from experiments.serving.bench import bench_serve
 from experiments.serving.settings import BenchError, ServeSettings
 from model.text.detokenizer import IncrementalDetokenizer
 from model.text.tokenizer import load_tokenizer
+from protos.coordinator_pb2 import Submit
 from protos.expert_pb2 import STATUS_INTERNAL
 from tests.support.front import VOCAB, make_front, run, serving
 from tests.support.raw_http import (
@@ -31,7 +33,7 @@ from tests.support.raw_http import (
     usage,
     whole,
 )
-from tests.support.scripted_coordinator import ScriptedCoordinator, failing, saying
+from tests.support.scripted_coordinator import Event, ScriptedCoordinator, failing, saying
 from tests.support.tokenizers import EOS_ID, write_byte_tokenizer
 
 SAID = "Hello, 世界! 😀 and so on"
@@ -130,7 +132,13 @@ def test_a_failure_in_mid_stream_of_our_front_door_is_counted(model_dir: Path) -
     told = Told()
     ids = load_tokenizer(model_dir).encode("AB", add_bos=False)
     good, bad = saying(ids, EOS_ID), failing(STATUS_INTERNAL, "", after=ids)
-    coordinator = ScriptedCoordinator(lambda submit: (bad if len(coordinator.submits) == 3 else good)(submit))
+
+    def third_fails(submit: Submit) -> Iterable[Event]:
+        """However often it is tried: one failure alone is made good by the front door."""
+        third = coordinator.submits[2] if len(coordinator.submits) > 2 else None
+        return (bad if third is not None and submit.request_id == third.request_id else good)(submit)
+
+    coordinator = ScriptedCoordinator(third_fails)
 
     async def work() -> None:
         async with serving(create_app(make_front(model_dir, coordinator))) as url:
@@ -211,8 +219,8 @@ FAILURES: list[tuple[Answer, str, str]] = [
     (_endless_event, "bad_stream", "an event has more than"),
     (_no_done, "bad_stream", "the stream ended before [DONE]"),
     (_no_usage, "no_usage", ""),
-    (_silence, "timeout", "no full answer within 2 s"),
-    (_silence_in_mid_stream, "timeout", "no full answer within 2 s"),
+    (_silence, "timeout", "no full answer within 8 s"),
+    (_silence_in_mid_stream, "timeout", "no full answer within 8 s"),
 ]
 
 
@@ -226,7 +234,7 @@ def test_a_failed_request_is_counted_with_its_reason_and_in_no_latency(bad: Answ
         count += 1
         await (bad if count == 3 else answers_fully)(posted, writer)
 
-    told = against(answer, detailed=True, max_concurrency=1, timeout_s=2.0 if kind == "timeout" else 30.0)
+    told = against(answer, detailed=True, max_concurrency=1, timeout_s=8.0 if kind == "timeout" else 120.0)
     line = told.lines[0]
     assert (line["completed"], line["failed"]) == (3, 1)
     assert line["failure_reasons"] == {kind: 1}
@@ -237,7 +245,7 @@ def test_a_failed_request_is_counted_with_its_reason_and_in_no_latency(bad: Answ
     assert line["total_output_tokens"] == 15
     assert line["request_throughput"] == pytest.approx(3 / line["duration"])
     if kind == "timeout":
-        assert line["p99_e2el_ms"] < 2000
+        assert line["p99_e2el_ms"] < 8000
     assert told.lines[-1]["failed"] == 1
     assert f"Failed, {kind}:" in told.said[-1]
 

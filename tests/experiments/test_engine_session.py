@@ -62,6 +62,7 @@ def test_every_variant_has_a_namespace_and_room_for_the_largest_cell(checkpoint:
     assert list(configs) == list(two)
     assert len({config.namespace for config in configs.values()}) == 2
     assert [config.kernel for config in configs.values()] == ["fp32", "fp16"]
+    assert not any(config.prefix_caching for config in configs.values()), "repeated prompts are to be computed again"
     one_block = block_bytes(checkpoint.config, 32, torch.float32)
     assert {config.kv_cache_bytes for config in configs.values()} == {(3 * 2 + 1) * one_block}
 
@@ -69,6 +70,7 @@ def test_every_variant_has_a_namespace_and_room_for_the_largest_cell(checkpoint:
 def test_a_large_batch_widens_what_a_step_may_take(checkpoint: Checkpoint) -> None:
     (config,) = cluster_configs(plan(checkpoint, cells=cells((600,), 4, 2)), checkpoint).values()
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.max_waiting_requests) == (600, 600, 600)
+    assert config.max_queue_wait_s >= 3600  # all of a cell are submitted at once: the last may wait for all others
 
 
 def test_what_the_model_cannot_do_is_refused(checkpoint: Checkpoint) -> None:

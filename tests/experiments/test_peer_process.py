@@ -94,6 +94,15 @@ def test_a_missing_library_is_one_line_that_says_what_to_do(monkeypatch: pytest.
         find_peer("odd", "/nowhere/python")
 
 
+def test_a_library_may_lie_where_the_peers_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a_library_elsewhere.py").touch()
+    odd = replace(FAKE, name="odd", imported="a_library_elsewhere")
+    monkeypatch.setattr("experiments.engine_bench.peers.registry.PEERS", {"odd": odd})
+    with pytest.raises(BenchError, match="does not have"):
+        find_peer("odd")
+    assert find_peer("odd", env={"PYTHONPATH": str(tmp_path)}) is odd
+
+
 def test_transformers_says_what_its_own_generate_says(tmp_path: Path) -> None:
     """And tries both ways of computing experts, once for each batch size."""
     threads = torch.get_num_threads()

@@ -8,6 +8,7 @@ import pytest
 from experiments.serving.load import Load, run_load
 from experiments.serving.prompts import Prompt
 from experiments.serving.results import RequestResult
+from tests.support.front import run
 
 
 class Gate:
@@ -34,7 +35,7 @@ class Gate:
 
 def run_gated(gate: Gate, num: int, concurrency: int) -> Load:
     prompts = [f"p{number}" for number in range(num)]
-    return asyncio.run(asyncio.wait_for(run_load(gate, prompts, [0.0] * num, concurrency), 30))
+    return run(run_load(gate, prompts, [0.0] * num, concurrency))
 
 
 def test_concurrency_is_reached_and_never_passed() -> None:
@@ -76,7 +77,7 @@ def test_a_defect_in_the_sender_ends_the_run() -> None:
         raise AssertionError
 
     with pytest.raises(ExceptionGroup) as failed:
-        asyncio.run(asyncio.wait_for(run_load(defect, ["p0", "p1"], [0.0, 0.0], 2), 30))
+        run(run_load(defect, ["p0", "p1"], [0.0, 0.0], 2))
     assert isinstance(failed.value.exceptions[0], KeyError)
 
 
