@@ -10,7 +10,7 @@ export RAY_AUTH_MODE ?= token
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: serve test check format stubs clean
+.PHONY: serve test gpu-test chaos fuzz clients image-check check format stubs clean
 
 serve: $(STAMP)          ## make everything and serve the demo model (MODEL=path serves another)
 	@$(BIN)/octavo serve $(MODEL) $(ARGS)
@@ -23,6 +23,27 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+gpu-test: $(STAMP)       ## kernels, model, engine and wire on a CUDA device (needs a torch build for it); skipped without
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+# Exit status 1: a row does not hold. ARGS="--rows F1,F3 --model demo --repeats 4 --json-out FILE", ARGS=--list
+chaos: $(STAMP)          ## kill, freeze, slow and cut; compare every token; the whole table takes about an hour
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+# Needs root, and Debian's buildah, runc and mmdebstrap; what it fetches stays in build/image.
+image-check: $(STAMP)    ## build k8s/Dockerfile without a registry, run the demo overlay's pods in containers
+	OCTAVO_IMAGE_CHECK=1 $(BIN)/python -m pytest -s tests/image $(ARGS)
+
+# The whole campaign; ARGS="--executions 50000 --only submit", ARGS="ports --messages 5000", ARGS="http --requests 5000"
+fuzz: $(STAMP)           ## a million damaged inputs for every decoder that faces a socket or a file; a JSON line for each
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+# Real clients (openai 1 to 3, langchain, litellm, lm-eval, guidellm, locust, schemathesis), each in an environment of its
+# own under ~/.cache/octavo/clients (1.5 GB in all), made once; `make test` runs them too from then on.
+clients: $(STAMP)        ## clients that others wrote, against a served cluster; ARGS="-k openai" for some
+	$(BIN)/python -m tests.clients.environments
+	$(BIN)/python -m pytest -m clients $(ARGS)
 
 check: $(STAMP)          ## style, types, structure, stubs
 	$(BIN)/ruff check .
