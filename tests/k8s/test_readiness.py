@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 import pytest
 import yaml
@@ -100,8 +101,9 @@ def raylet_that_says(answer: str | None) -> Iterator[int]:
         def serve() -> None:
             with contextlib.suppress(OSError):
                 connection, _ = server.accept()
-                with connection:
-                    asked = connection.recv(4096).decode()
+                with connection, connection.makefile("rb") as received:
+                    # bash writes line by line: closed before the blank line is read, it would reset the connection
+                    asked = b"".join(takewhile(lambda line: line.strip(), received)).decode()
                     said = answer if asked.startswith("GET /api/local_raylet_healthz HTTP/1.0") else "what?"
                     connection.sendall(f"HTTP/1.0 200 OK\r\nContent-Length: {len(said)}\r\n\r\n{said}".encode())
 
