@@ -90,13 +90,14 @@ def test_a_pod_of_experts_is_ready_only_where_it_gets_no_http(
 
 @contextmanager
 def raylet_that_says(answer: str | None) -> Iterator[int]:
-    """A server that answers one GET so; with None nobody listens. Yields its port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    """A server that answers one GET so; with None nobody listens, nor gets that port meanwhile. Yields its port."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         if answer is None:
-            server.close()
             yield port
             return
+        server.listen()
 
         def serve() -> None:
             with contextlib.suppress(OSError):
