@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz import http_client
 from tests.fuzz.http_client import Client
 from tests.fuzz.http_golden import Golden, _said
 from tests.fuzz.http_requests import Asked, request
@@ -42,6 +43,8 @@ async def serving(answers: Answers) -> AsyncIterator[tuple[int, list[int]]]:
             if answer is None:
                 break
             writer.write(answer)
+            if b"Connection: close" in answer:
+                break
         writer.close()
         await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
@@ -58,8 +61,13 @@ async def _request_of(reader: asyncio.StreamReader) -> bytes:
         return b""
 
 
-def plain(body: bytes, status: int = 200) -> bytes:
-    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+async def accepted(connections: list[int], num: int) -> None:
+    while len(connections) < num:  # noqa: ASYNC110 - a socket that is accepted tells nobody
+        await asyncio.sleep(0)
+
+
+def plain(body: bytes, status: int = 200, more: str = "") -> bytes:
+    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
 
 
 async def test_whole_requests_share_a_connection() -> None:
@@ -88,18 +96,29 @@ async def test_a_new_connection_without_an_answer_is_silence(nothing: bytes | No
         client = Client("127.0.0.1", port)
         answer = await client.send(GOOD)
         assert (await client.send(Asked(GOOD.data, False, leave_after=0))).silent is False
+        await accepted(connections, 2)  # who left at once may be gone before the server has seen it
     assert (answer.status, answer.silent) == (0, True)
     assert connections[0] == 1
 
 
-async def test_what_is_no_request_goes_over_a_connection_of_its_own() -> None:
-    async with serving(lambda n: plain(b"x")) as (port, connections):
+async def test_what_is_no_request_goes_over_a_connection_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "BROKEN_S", 60.0)  # however slow this machine is, the other side ends it
+    last = "Connection: close\r\n"
+    async with serving(lambda n: plain(b"x", more=last if n == 1 else "")) as (port, connections):
         client = Client("127.0.0.1", port)
         await client.send(GOOD)
         assert (await client.send(Asked(b"noise\r\n\r\n", False))).status == 200
         await client.send(GOOD)
         client.close()
     assert connections == [2, 1]
+
+
+async def test_what_is_no_request_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "BROKEN_S", 0.05)
+    async with serving(lambda n: b"") as (port, connections):
+        answer = await Client("127.0.0.1", port).send(Asked(b"noise\r\n\r\n", False))
+        await accepted(connections, 1)
+    assert (answer.status, answer.silent) == (0, False)
 
 
 def events(*events: dict[str, Any]) -> bytes:
