@@ -81,9 +81,9 @@ def run(
 def _one(target: Target, data: bytes, number: int, report: Report, *, weighed: bool) -> None:
     if weighed:
         tracemalloc.start()
-    signal.setitimer(signal.ITIMER_PROF, target.max_s)
-    signal.setitimer(signal.ITIMER_REAL, target.max_s * IDLE_TIMES)
     try:
+        signal.setitimer(signal.ITIMER_PROF, target.max_s)
+        signal.setitimer(signal.ITIMER_REAL, target.max_s * IDLE_TIMES)
         target.decode(data)
         report.accepted += 1
     except target.errors:
