@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import grpc
@@ -17,7 +18,8 @@ SERVICE = "/octavo.ExpertService/"
 METHODS = ("Forward", "Info", "Attach", "LoadColumn", "FetchColumn", "Drain", "Nothing")
 WIDTH, LAYERS = 32, 2
 WINDOW = 64
-REFUSED_TIMES, REFUSED_PAUSE_S = 5, 0.5
+REFUSED_S, REFUSED_PAUSE_S = 60.0, 0.5
+"""A place at a port that has none is tried for again for so long: whoever frees one may be busy meanwhile."""
 FAR_US = 2**60
 TOKEN = "a-token-for-tests-only"
 
@@ -125,10 +127,11 @@ async def _stranger(channel: grpc.aio.Channel, method: str, metadata: Any, data:
     """What is said to the call. One that got no place at the port, unread too, is made again: a connection has only so
     many, and the port may count one as taken for longer than this side does. A port that is gone stays UNAVAILABLE.
     """
-    for _ in range(REFUSED_TIMES):
+    until = time.monotonic() + REFUSED_S
+    while True:
         call: Any = channel.unary_stream(method)(b"\xff" + data, metadata=metadata, timeout=60)
         code: grpc.StatusCode = await call.code()
-        if code is not grpc.StatusCode.UNAVAILABLE:
+        if code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
             break
         await asyncio.sleep(REFUSED_PAUSE_S)
     return code.name if code is grpc.StatusCode.UNAUTHENTICATED else f"{code.name}: {await call.details()}"
