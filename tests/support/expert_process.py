@@ -6,11 +6,13 @@ one took by its own account, however busy the machine was.
 """
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,7 @@ async def spawn(**arguments: Any) -> tuple[Process, dict[str, Any]]:
 
 def priorities(process: Process) -> set[tuple[int, int]]:
     """(nice, scheduling policy) of all its threads."""
-    stats = [
-        (task / "stat").read_text().rpartition(")")[2].split() for task in Path(f"/proc/{process.pid}/task").iterdir()
-    ]
-    return {(int(fields[16]), int(fields[38])) for fields in stats}
+    return {(int(fields[16]), int(fields[38])) for fields in _threads(process.pid)}
 
 
 async def freeze(process: Process) -> None:
@@ -45,8 +44,14 @@ async def freeze(process: Process) -> None:
 
 
 def _stands_still(pid: int) -> bool:
-    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
-    return all(state == "T" for state in states)
+    return all(fields[0] == "T" for fields in _threads(pid))
+
+
+def _threads(pid: int) -> Iterator[list[str]]:
+    """What the system says of each thread, from its state on."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+            yield (task / "stat").read_text().rpartition(")")[2].split()
 
 
 async def end(process: Process) -> None:
