@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 SUBNET = "10.231.7"
+PATIENCE_S = 120.0
+"""For what takes a moment on a machine that has one to spare."""
 _CLONE_NEWNET = 0x40000000
 _RAY_DIR = Path("/tmp/ray")
 
@@ -60,13 +63,18 @@ class Host:
 
     def close(self) -> None:
         """Ends the thread, and everybody else who is here."""
-        for pid in _ip("netns", "pids", self.namespace).split():
-            if int(pid) != os.getpid():
-                _kill(int(pid))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while pids := self._pids():  # one that is killed may have had a child since they were listed
+            assert time.monotonic() < deadline_s, f"{pids} do not end"
+            for pid in pids:
+                _kill(pid)
         for process in self._started:
             process.kill()
-            process.wait(20)
+            process.wait(PATIENCE_S)
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _pids(self) -> list[int]:
+        return [int(pid) for pid in _ip("netns", "pids", self.namespace).split() if int(pid) != os.getpid()]
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         own_tmp = f'mount --bind {self._ray_dir} {_RAY_DIR} && exec "$@"'
@@ -148,7 +156,7 @@ def _can() -> None:
 
 
 def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
 
 
 def _in(namespace: str, *arguments: str) -> str:
