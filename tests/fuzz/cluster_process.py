@@ -6,6 +6,7 @@ input ends. What it says goes to a log, so that a campaign can look for what wen
 
 import asyncio
 import json
+import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
@@ -18,12 +19,17 @@ from tests.support.expert_process import ROOT
 from tests.support.front import serving
 from tests.support.tiny_cluster import tiny_cluster
 
+TIDY = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""For processes whose memory is measured: what they let go of is the system's again, with however many threads."""
+
 
 async def spawn(log: Path, **arguments: Any) -> tuple[Process, dict[str, str]]:
-    """Starts the process; its `address` (gRPC) and `url` (HTTP)."""
+    """Starts the process, whose memory can be measured; its `address` (gRPC) and `url` (HTTP)."""
     command = (sys.executable, "-m", "tests.fuzz.cluster_process", json.dumps(arguments))
     with log.open("ab") as errors:
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors)
+        process = await asyncio.create_subprocess_exec(
+            *command, cwd=ROOT, env={**os.environ, **TIDY}, stdin=PIPE, stdout=PIPE, stderr=errors
+        )
     assert process.stdout is not None
     line = await process.stdout.readline()
     assert line, f"the cluster ended before it had an address: see {log}"

@@ -86,6 +86,7 @@ async def victims(home: Path) -> AsyncIterator[Places]:
     write_mixtral(model, hidden=32, ffn=48, layers=2, experts=2, dtype=torch.float16)
     write_byte_tokenizer(model, 300)
     expert, info = await expert_process.spawn(
+        cluster_process.TIDY,
         replica_id="expert-0-r0",
         expert_ids=[0],
         first_layer=0,

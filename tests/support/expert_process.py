@@ -8,11 +8,12 @@ one took by its own account, however busy the machine was.
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from actors.expert.process import ExpertProcess
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-async def spawn(**arguments: Any) -> tuple[Process, dict[str, Any]]:
-    """Starts the process and returns it with the actor's `info`."""
+async def spawn(env: Mapping[str, str] | None = None, **arguments: Any) -> tuple[Process, dict[str, Any]]:
+    """Starts the process, with more variables or without, and returns it with the actor's `info`."""
     command = (sys.executable, "-m", "tests.support.expert_process", json.dumps(arguments))
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    environ = {**os.environ, **(env or {})}
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environ, stdin=PIPE, stdout=PIPE)
     assert process.stdout is not None
     facts: dict[str, Any] = json.loads(await process.stdout.readline())
     return process, facts
