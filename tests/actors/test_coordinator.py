@@ -36,6 +36,7 @@ from protos.expert_pb2 import (
 )
 from tests.support.checkpoints import write_mixtral
 from tests.support.engines import TinyModel, request, tell_fresh
+from tests.support.held_steps import hold_steps
 from tests.support.rambling import write_rambling
 from tests.support.served import submit
 from tests.support.tokenizers import write_byte_tokenizer
@@ -324,14 +325,16 @@ async def test_sequences_wait_for_an_expert_that_is_away_until_their_own_deadlin
 
 
 async def test_an_expert_that_dies_and_returns_in_mid_generation_changes_no_token(checkpoint: Path) -> None:
-    async with cluster(checkpoint) as (_, client, actors, infos):
+    async with cluster(checkpoint) as (coordinator, client, actors, infos):
         undisturbed = tokens(await collect(client, 1, [5, 6], 160))
+        gate = hold_steps(coordinator._engine, free=100)  # it is not done before the expert is back
         outputs = client.generate(submit(1, [5, 6], 160))
         told = [await anext(outputs)]
         await actors[0].stop()
         port = int(infos[0]["address"].rpartition(":")[2])
         actors[0] = expert_actor(checkpoint, 0, port)
         await actors[0].start()
+        gate.set()
         told += [output async for output in outputs]
         answered = (await actors[0].info())["tokens_total"]
     assert told[-1].finish_reason == FINISH_REASON_LENGTH
@@ -341,6 +344,7 @@ async def test_an_expert_that_dies_and_returns_in_mid_generation_changes_no_toke
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new(checkpoint: Path) -> None:
     async with cluster(checkpoint) as (coordinator, client, _, _):
+        gate = hold_steps(coordinator._engine, free=20)  # it is not done before it is drained
         outputs = client.generate(submit(1, [5, 6], 200))
         told = [await anext(outputs)]
         assert 0 < await coordinator.drain(0.0) <= 200
@@ -349,6 +353,7 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new(checkpoint: Pat
         (refused,) = await collect(client, 2, [5])
         assert refused.status == STATUS_DRAINING
         draining = asyncio.create_task(coordinator.drain(200.0))
+        gate.set()
         told += [output async for output in outputs]
         assert await draining == 0
         assert len(tokens(told)) == 200
@@ -356,6 +361,7 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new(checkpoint: Pat
 
 async def test_what_draining_leaves_can_be_ended_with_a_word(checkpoint: Path) -> None:
     async with cluster(checkpoint) as (coordinator, client, _, _):
+        hold_steps(coordinator._engine, free=20)  # it is not done before it is ended
         outputs = client.generate(submit(1, [5, 6], 400))
         told = [await anext(outputs)]
         assert await coordinator.drain(0.0, True) > 0
@@ -370,6 +376,7 @@ async def test_what_draining_leaves_can_be_ended_with_a_word(checkpoint: Path) -
 
 async def test_stopping_tells_those_who_wait_and_ends_their_stream(checkpoint: Path) -> None:
     async with cluster(checkpoint) as (coordinator, client, _, _):
+        hold_steps(coordinator._engine, free=20)  # it is not done before all is stopped
         outputs = client.generate(submit(1, [5, 6], 400))
         await anext(outputs)
         await coordinator.stop()

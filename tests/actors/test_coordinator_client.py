@@ -17,7 +17,7 @@ from protos.coordinator_pb2 import (
 )
 from protos.expert_pb2 import STATUS_INVALID
 from tests.support.checkpoints import write_mixtral
-from tests.support.engines import TinyModel, request, tell_fresh
+from tests.support.engines import GatedExperts, TinyModel, request, tell_fresh
 from tests.support.served import CREDENTIALS, served, submit
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 async def collect(client: CoordinatorClient, *args: object, **fields: object) -> list[SequenceOutput]:
     return [one async for one in client.generate(submit(*args, **fields))]  # type: ignore[arg-type]
+
+
+async def has_failed(client: CoordinatorClient) -> None:
+    """Returns when it has tried to connect: then it knows why that cannot be, however short its time is."""
+    failed = asyncio.Event()
+    client.watch(failed.set)
+    client.open()
+    await asyncio.wait_for(failed.wait(), 120)
 
 
 def tokens(outputs: list[SequenceOutput]) -> list[int]:
@@ -85,7 +93,8 @@ async def test_a_refusal_is_an_output(model: TinyModel) -> None:
 
 
 async def test_closing_the_iterator_cancels_the_request(model: TinyModel) -> None:
-    async with served(model) as one:
+    experts = GatedExperts(model.experts, shuts_after=10)  # it is not done before it is closed
+    async with served(model, experts=experts) as one:
         client = CoordinatorClient(one.address, CREDENTIALS)
         async with aclosing(client.generate(submit(1, [5, 6], 400))) as outputs:
             first = await anext(outputs)
@@ -94,6 +103,7 @@ async def test_closing_the_iterator_cancels_the_request(model: TinyModel) -> Non
         assert client.inflight_tokens == 0
         await asyncio.wait_for(one.engine.live.wait_for_none(), 120)
         assert one.engine.scheduler.counters.generated_tokens < 400
+        experts.open()
         assert tokens(await collect(client, 1, [5], 2)), "the stream goes on"
         await client.close()
 
@@ -124,7 +134,7 @@ async def test_a_slow_reader_gets_everything_in_few_outputs(model: TinyModel) ->
 
 
 async def test_a_lost_coordinator_ends_every_open_request_and_is_found_again(model: TinyModel) -> None:
-    async with served(model) as first:
+    async with served(model, experts=GatedExperts(model.experts, shuts_after=10)) as first:
         client = CoordinatorClient(first.address, CREDENTIALS)
         both = [asyncio.create_task(collect(client, name, [5, 6], 400)) for name in range(2)]
         await asyncio.wait_for(first.engine.live.wait_for_some(), 120)
@@ -183,6 +193,7 @@ async def test_nobody_at_the_address_is_a_loss_within_the_timeout(model: TinyMod
     async with served(model) as one:
         address = one.address
     client = CoordinatorClient(address, CREDENTIALS, connect_timeout_s=2.0)
+    await has_failed(client)
     with pytest.raises(CoordinatorLost, match=f"coordinator {address}: .*UNAVAILABLE"):
         await collect(client, 1, [5])
     with pytest.raises(CoordinatorLost):
@@ -193,13 +204,14 @@ async def test_nobody_at_the_address_is_a_loss_within_the_timeout(model: TinyMod
 async def test_a_wrong_token_is_a_loss_that_says_so(model: TinyModel) -> None:
     async with served(model) as one:
         client = CoordinatorClient(one.address, WireCredentials("wrong"), connect_timeout_s=2.0)
+        await has_failed(client)
         with pytest.raises(CoordinatorLost, match="UNAUTHENTICATED"):
             await collect(client, 1, [5])
         await client.close()
 
 
 async def test_a_closed_client_ends_its_requests_and_takes_no_more(model: TinyModel) -> None:
-    async with served(model) as one:
+    async with served(model, experts=GatedExperts(model.experts, shuts_after=10)) as one:
         client = CoordinatorClient(one.address, CREDENTIALS)
         reading = asyncio.create_task(collect(client, 1, [5, 6], 400))
         await asyncio.wait_for(one.engine.live.wait_for_some(), 120)

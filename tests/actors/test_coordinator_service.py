@@ -181,11 +181,14 @@ async def test_a_full_queue_says_when_to_come_back(model: TinyModel) -> None:
 
 
 async def test_a_cancelled_request_ends_and_others_go_on(model: TinyModel) -> None:
-    async with served(model) as one, raw_stream(one.address) as stream:
+    experts = GatedExperts(model.experts, shuts_after=10)  # nobody is done before it is cancelled
+    async with served(model, experts=experts) as one, raw_stream(one.address) as stream:
         await stream.send(submit(1, [5, 6], 400), submit(2, [7, 8], 20))
         await stream.read()
         await stream.send(Cancel(request_id=1), Cancel(request_id=99))
-        await stream.read_until_done(1, 2)
+        await stream.read_until_done(1)
+        experts.open()
+        await stream.read_until_done(2)
         last = stream.last(1)
         assert last is not None
         assert last.finish_reason == FINISH_REASON_CANCELLED
@@ -194,13 +197,12 @@ async def test_a_cancelled_request_ends_and_others_go_on(model: TinyModel) -> No
 
 @pytest.mark.parametrize("how", ["cancel", "half-close", "disconnect"])
 async def test_when_a_stream_ends_its_requests_end_at_once(model: TinyModel, how: str) -> None:
-    experts = GatedExperts(model.experts)
+    experts = GatedExperts(model.experts, shuts_after=10)  # nobody is done before the stream ends
     async with served(model, max_num_seqs=2, experts=experts) as one, raw_stream(one.address) as other:
         async with raw_stream(one.address) as stream:
             await stream.send(*(submit(name, [5] * 20, 400) for name in range(1, 5)))
             await other.send(submit(1, [7], 300))
             await stream.read()
-            experts.gate.clear()  # nobody is done before the stream ends
             await until(lambda: len(one.engine.live) == 5)
             if how == "cancel":
                 stream.call.cancel()
@@ -209,7 +211,7 @@ async def test_when_a_stream_ends_its_requests_end_at_once(model: TinyModel, how
             else:
                 await stream._channel.close()
             await until(lambda: len(one.engine.live) == 1)
-        experts.gate.set()
+        experts.open()
         await other.read_until_done(1)
         assert len(other.tokens(1)) == 300
 
@@ -439,15 +441,14 @@ def test_a_map_survives_the_wire() -> None:
 
 
 async def test_snapshot_and_drain_reach_their_hooks(model: TinyModel) -> None:
-    experts = GatedExperts(model.experts)
+    experts = GatedExperts(model.experts, shuts_after=10)  # it is not done before the first drain is over
     async with served(model, experts=experts) as one, raw_stream(one.address) as stream:
         assert (await stream.stub.Snapshot(SnapshotRequest())).coordinator_id == "coordinator-0"
         await stream.send(submit(1, [5], 300))
         await stream.read()
-        experts.gate.clear()  # it is not done before the first drain is over
         hurried = await stream.stub.Drain(DrainRequest(timeout_ms=1))
         assert 0 < hurried.inflight_tokens < 300
-        experts.gate.set()
+        experts.open()
         patient = await stream.stub.Drain(DrainRequest(timeout_ms=200_000))
         assert patient.inflight_tokens == 0
         await stream.read_until_done(1)

@@ -15,11 +15,14 @@ from actors.front.resubmission import Verdict
 from protos.coordinator_pb2 import FINISH_REASON_LENGTH, PositionLogprobs, Sampling, SequenceOutput, Submit
 from tests.support.checkpoints import write_mixtral
 from tests.support.engines import TinyModel
+from tests.support.held_steps import hold_steps
 from tests.support.served import CREDENTIALS, Served, served, submit
 
 pytestmark = pytest.mark.anyio
 
 NUM_TOKENS = 120
+FREE_STEPS = 40
+"""Everybody has some tokens by then, and nobody all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +76,10 @@ class Reader:
         return self.tokens, *([one.SerializeToString() for one in places] for places in (self.logprobs, self.scores))
 
 
-async def read_all(pool: CoordinatorPool, hurt: Callable[[], object] | None = None) -> list[Reader]:
-    """All of the crowd at once; `hurt` is called when each has got some tokens and none has got all."""
+async def read_all(pool: CoordinatorPool, *servers: Served, hurt: Callable[[], object] | None = None) -> list[Reader]:
+    """All of the crowd at once; `hurt` is called when each has got some tokens, and `servers` have not computed all."""
     requests = crowd()
+    gates = [hold_steps(one.engine, FREE_STEPS) for one in servers]
     readers = [Reader() for _ in requests]
     tasks = [asyncio.create_task(one.read(pool, request)) for one, request in zip(readers, requests, strict=True)]
     if hurt is not None:
@@ -84,6 +88,8 @@ async def read_all(pool: CoordinatorPool, hurt: Callable[[], object] | None = No
         result = hurt()
         if asyncio.iscoroutine(result):
             await result
+    for gate in gates:
+        gate.set()
     await asyncio.wait_for(asyncio.gather(*tasks), 200)
     for reader in readers:
         assert reader.last is not None
@@ -120,7 +126,7 @@ def same(readers: list[Reader], expected: list[Reader]) -> None:
 
 async def test_a_killed_coordinators_streams_go_on_at_the_other(model: TinyModel, expected: list[Reader]) -> None:
     async with two_servers(model) as (first, second), pool_of(first, second) as pool:
-        readers = await read_all(pool, lambda: first.server.stop(0))
+        readers = await read_all(pool, first, second, hurt=lambda: first.server.stop(0))
         same(readers, expected)
         assert pool.resubmissions == {Verdict.LOST: 8}, "half of them were there"
 
@@ -140,7 +146,7 @@ async def test_with_one_coordinator_streams_wait_for_the_new_process(model: Tiny
 
         async with pool_of(first) as pool:
             following = asyncio.create_task(keep_following(pool, look, 1))
-            readers = await read_all(pool, replace)
+            readers = await read_all(pool, first, hurt=replace)
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
         assert servers[0].address != servers[1].address
@@ -155,7 +161,7 @@ async def test_sequences_that_a_coordinator_gives_up_go_on_elsewhere(
     model: TinyModel, expected: list[Reader], failure: Failure, verdict: Verdict
 ) -> None:
     async with two_servers(model) as (first, second), pool_of(first, second) as pool:
-        readers = await read_all(pool, lambda: first.engine.fail_all(failure))
+        readers = await read_all(pool, first, second, hurt=lambda: first.engine.fail_all(failure))
         same(readers, expected)
         assert pool.resubmissions == {verdict: 8}
 
@@ -170,13 +176,15 @@ async def test_a_crowd_finds_room_at_a_full_coordinator_in_time(model: TinyModel
         async def swap() -> None:
             await pool.follow({small.address: CoordinatorClient(small.address, CREDENTIALS)})
 
-        readers = await read_all(pool, swap)
+        readers = await read_all(pool, first, hurt=swap)
         same(readers, expected)
         assert small.service.refused_total > 0, "it was never full"
 
 
 async def test_a_request_that_is_closed_while_it_goes_on_frees_everything(model: TinyModel) -> None:
     async with two_servers(model) as (first, second), pool_of(first, second) as pool:
+        for one in (first, second):
+            hold_steps(one.engine, FREE_STEPS)  # nobody is done before it is hurt, and closed
         async with aclosing(pool.generate(submit(1, [5, 6], 400))) as outputs:
             await anext(outputs)
             mine, other = (first, second) if len(first.engine.live) else (second, first)

@@ -12,9 +12,9 @@ import pytest
 from actors.front.api_keys import one_key
 from actors.front.http_app import create_app
 from actors.front.key_file import Keys
-from cluster.scheduler import ScheduledBatch
 from tests.support.checkpoints import write_mixtral
 from tests.support.front import run, serving
+from tests.support.held_steps import hold_steps
 from tests.support.tiny_cluster import TinyCluster, tiny_cluster
 from tests.support.tokenizers import write_byte_tokenizer
 
@@ -35,20 +35,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded(cluster: TinyCluster) -> Any:
     entries = tuple(one_key(name, key) for name, key in KEYS.items())
     return create_app(dataclasses.replace(cluster.front, keys=Keys(None, entries)))
-
-
-def hold(cluster: TinyCluster) -> asyncio.Event:
-    """No step is computed until the event is set: whoever comes meanwhile waits, however fast the machine is."""
-    engine, gate = cluster.coordinator._engine, asyncio.Event()
-    assert engine is not None
-    compute = engine._compute
-
-    async def held(batch: ScheduledBatch) -> None:
-        await gate.wait()
-        await compute(batch)
-
-    object.__setattr__(engine, "_compute", held)
-    return gate
 
 
 def bearer(name: str) -> dict[str, str]:
@@ -73,7 +59,7 @@ def test_who_asks_for_little_is_served_between_those_who_ask_for_much(model_dir:
 
             await ask("many", -1)  # before anything has ended nobody knows how long a wait would be
             done.clear()
-            gate, crowd = hold(cluster), []
+            gate, crowd = hold_steps(cluster.coordinator._engine), []
             for number in range(7):
                 crowd.append(asyncio.create_task(ask("many", number)))
                 await cluster.until(lambda now, most=number + 1: now.num_running + now.num_waiting == most)
@@ -109,7 +95,7 @@ def test_priorities_order_a_tenants_own_requests(model_dir: Path) -> None:
 
             await ask(0)
             done.clear()
-            gate, asked = hold(cluster), []
+            gate, asked = hold_steps(cluster.coordinator._engine), []
             for count, priority in enumerate((99, 5, 0, -5, 1)):
                 asked.append(asyncio.create_task(ask(priority)))
                 await cluster.until(lambda now, most=count + 1: now.num_running + now.num_waiting == most)

@@ -19,6 +19,7 @@ from actors.front.http_app import create_app
 from model.text.tokenizer import load_tokenizer
 from tests.support.checkpoints import write_mixtral
 from tests.support.front import run, serving
+from tests.support.held_steps import hold_steps
 from tests.support.tiny_cluster import TOKEN, TinyCluster, tiny_cluster
 from tests.support.tokenizers import write_byte_tokenizer
 
@@ -136,14 +137,16 @@ def test_a_chat_with_stop_strings_and_usage(model_dir: Path) -> None:
 
 def test_a_disconnect_frees_everything_at_the_coordinator(model_dir: Path) -> None:
     async def use(cluster: TinyCluster, client: openai.AsyncOpenAI) -> None:
+        gate = hold_steps(cluster.coordinator._engine, free=100)  # nobody is done before the client leaves
         stream = await client.completions.create(
             model=MODEL, prompt=PROMPT, max_tokens=480, n=4, stream=True, extra_body={"ignore_eos": True}
         )
         await anext(stream)
-        busy = await cluster.snapshot()
-        assert busy.num_running == 4
+        busy = await cluster.until(lambda now: now.num_running == 4)
         assert busy.kv_blocks_free < busy.kv_blocks_total
         await stream.close()
+        await cluster.until(lambda now: now.num_running == 0)
+        gate.set()
         # What a step still reads is given back when the step ends.
         idle = await cluster.until(lambda now: now.num_running == 0 and now.kv_blocks_free == now.kv_blocks_total)
         assert idle.generated_tokens_total < 4 * 480
@@ -168,7 +171,10 @@ def test_a_stream_that_was_cut_goes_on_at_another_ingress(model_dir: Path, kind:
         )
         async with serving(create_app(front)) as url, httpx2.AsyncClient(timeout=120) as plain:
             elsewhere = f"{url}/v1/completions"
+            gate = hold_steps(cluster.coordinator._engine, free=150)  # it is not done before it is cut
             begun = await read_events(plain, here, asked, stop_after=9)
+            await cluster.until(lambda now: now.num_running == 0)
+            gate.set()
             # What a step still reads is given back when the step ends.
             idle = await cluster.until(lambda now: now.num_running == 0 and now.kv_blocks_free == now.kv_blocks_total)
             assert idle.generated_tokens_total < 240 * asked.get("n", 1), "it was cut in the middle"

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.anyio
 
 PATTERN = r"([a-f]{3} ){20}end"
 COUNT = 8
+FREE_STEPS = 30
+"""Of two layers each: everybody has some tokens by then, and nobody all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -72,22 +74,27 @@ class Reader:
 
 async def told(model: TinyModel, num_coordinators: int, *, kill_one: bool) -> list[list[int]]:
     async with AsyncExitStack() as stack:
-        experts = GatedExperts(model.experts)
-        servers = [await stack.enter_async_context(coordinator(model, experts)) for _ in range(num_coordinators)]
+        gates = [GatedExperts(model.experts) for _ in range(num_coordinators)]
+        servers = [await stack.enter_async_context(coordinator(model, experts)) for experts in gates]
         pool = CoordinatorPool([CoordinatorClient(one.address, CREDENTIALS) for one in servers])
         stack.push_async_callback(pool.close)
         await pool.connect()
-        experts.gate.clear()
+        for experts in gates:
+            experts.gate.clear()
         readers = [Reader() for _ in range(COUNT)]
         tasks = [asyncio.create_task(reader.read(pool, request(place))) for place, reader in enumerate(readers)]
         # Each coordinator takes its own time to compile the grammar: nobody begins before all can.
         while sum(len(server.engine.live) for server in servers) < COUNT:  # noqa: ASYNC110 - nobody is told
             await asyncio.sleep(0.01)
-        experts.gate.set()
+        for experts in gates:
+            experts.shuts_after = 2 * FREE_STEPS if kill_one else None
+            experts.gate.set()
         if kill_one:
             await asyncio.gather(*(reader.some.wait() for reader in readers))
             assert not any(task.done() for task in tasks), "too late to hurt anybody"
             await servers[0].server.stop(0)
+            for experts in gates:
+                experts.open()
         async with asyncio.timeout(200):
             await asyncio.gather(*tasks)
         if kill_one:

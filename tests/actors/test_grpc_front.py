@@ -21,10 +21,10 @@ from actors.coordinator.service import MAX_CLIENT_REQUESTS, MAX_CLIENT_STREAMS
 from actors.front.http_app import create_app
 from protos.coordinator_pb2 import Cancel, PublishMapRequest, Sampling, SequenceOutput, SnapshotRequest, Submit
 from protos.expert_pb2 import STATUS_INVALID, STATUS_OK, STATUS_OVERLOADED, DrainRequest
-from tests.actors.test_fair_front import hold
 from tests.support.checkpoints import write_mixtral
 from tests.support.expert_process import ROOT
 from tests.support.front import run
+from tests.support.held_steps import hold_steps
 from tests.support.served import RawStream
 from tests.support.tiny_cluster import TinyCluster, tiny_cluster
 from tests.support.tokenizers import write_byte_tokenizer
@@ -63,6 +63,13 @@ async def _to_the_end(call: Any) -> None:
     """Reads what comes until nothing does. Raises AioRpcError."""
     while await call.read() is not grpc.aio.EOF:
         pass
+
+
+async def _ask_much(call: Any) -> None:
+    """Raises AioRpcError at the end of the call; InvalidStateError where a write comes after it."""
+    for n in range(3, 60):
+        await call.write(_wrapped(submit_of(n, {"max_tokens": 500})))
+    await _to_the_end(call)
 
 
 def in_cluster(model_dir: Path, token_file: Path, use: Callable[[TinyCluster], Awaitable[None]]) -> None:
@@ -216,7 +223,7 @@ def test_a_client_has_so_many_requests_and_streams_and_no_more(model_dir: Path, 
     async def use(cluster: TinyCluster) -> None:
         async with as_client(cluster) as stream:
             await by_grpc(stream, 1000, {})  # from here on it is known how long others would wait
-            gate = hold(cluster)  # nobody is done before all have asked
+            gate = hold_steps(cluster.coordinator._engine)  # nobody is done before all have asked
             many = range(1, MAX_CLIENT_REQUESTS + 2)
             await stream.send(*(submit_of(n, {"max_tokens": 400}) for n in many))
             refused: list[SequenceOutput] = []
@@ -267,20 +274,18 @@ def test_a_request_ends_by_its_deadline_by_cancel_and_with_the_calls_own_deadlin
 ) -> None:
     async def use(cluster: TinyCluster) -> None:
         async with as_client(cluster) as stream:
+            gate = hold_steps(cluster.coordinator._engine)  # none of them is done before it is ended
             late = submit_of(1, {"max_tokens": 500})
             late.deadline_unix_us = 1
             await stream.send(late, submit_of(2, {"max_tokens": 500}), Cancel(request_id=2))
             await stream.read_until_done(1, 2)
             assert "deadline" in stream.last(1).error  # type: ignore[union-attr]
             assert len(stream.tokens(2)) < 500
-            gate = hold(cluster)  # none of them ends before the call does
-            short = stream.stub.Generate(timeout=5.0)  # long enough to write them all: a write at its end is an error
-            for n in range(3, 60):
-                await short.write(_wrapped(submit_of(n, {"max_tokens": 500})))
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _to_the_end(short)
+            short = stream.stub.Generate(timeout=5.0)
+            with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+                await _ask_much(short)
             gate.set()
-            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await short.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             await cluster.until(lambda now: now.num_running == 0 and now.num_waiting == 0)
 
     in_cluster(model_dir, token_file, use)

@@ -1,7 +1,6 @@
 """Coordinators that come and go under streams: a real supervisor, real coordinators and experts, real gRPC."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -16,10 +15,10 @@ from actors.front.resubmission import Verdict
 from actors.supervision.in_process import ONE_NODE, InProcessRuntime
 from actors.supervision.supervisor import Supervisor
 from cluster.placement import COORDINATOR_HOST, EXPERT_HOST
-from cluster.scheduler import ScheduledBatch
 from protos.coordinator_pb2 import FINISH_REASON_LENGTH, Sampling, SequenceOutput, Submit
 from tests.actors.test_supervisor import _quick_rounds, config_of, model, ready, supervised, until
 from tests.support.front import run
+from tests.support.held_steps import hold_steps
 from tests.support.served import submit
 
 __all__ = ["_quick_rounds", "model"]  # fixtures
@@ -68,16 +67,7 @@ def held(runtime: InProcessRuntime, coordinator_id: str) -> Callable[[], None]:
     """
     actor = runtime.find(f"coordinator/{coordinator_id}/1", "space")
     assert actor is not None
-    engine = actor.target._engine
-    compute, gone, steps = engine._compute, asyncio.Event(), itertools.count(1)
-
-    async def hold(batch: ScheduledBatch) -> None:
-        if next(steps) > FREE_STEPS:
-            await gone.wait()
-        await compute(batch)
-
-    object.__setattr__(engine, "_compute", hold)
-    return gone.set
+    return hold_steps(actor.target._engine, FREE_STEPS).set
 
 
 def test_coordinators_follow_the_load_and_no_stream_is_hurt(model: Path) -> None:

@@ -137,15 +137,14 @@ async def test_preempted_and_guessed_tokens_are_told_once_or_not_at_all(model: T
 
 
 async def test_who_comes_late_hears_what_comes_then(model: TinyModel) -> None:
-    experts = GatedExperts(model.experts)
+    experts = GatedExperts(model.experts, shuts_after=10 * SHAPE[0])  # ten steps: it goes on when somebody listens
     async with served(model, experts=experts) as one, raw_stream(one.address) as stream:
         await stream.send(submit(1, [5, 6, 7], 200))
         while len(stream.tokens(1)) < 3:
             await stream.read()
-        experts.gate.clear()
         async with listening(one.address) as heard:
             await heard.read()
-            experts.gate.set()
+            experts.open()
             await heard.until(lambda: bool(heard.rows))
             assert heard.prompts == {}, "it did not arrive while somebody listened"
             await stream.read_until_done(1)

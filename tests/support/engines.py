@@ -57,16 +57,26 @@ class AsyncExperts:
 
 
 class GatedExperts:
-    """Experts that answer only while `gate` is set, and raise the next of `errors`, or `error` while there is one."""
+    """Experts that answer only while `gate` is set, and raise the next of `errors`, or `error` while there is one.
 
-    def __init__(self, inner: Experts) -> None:
+    After `shuts_after` answers the gate shuts by itself: what is to be seen in the middle of an answer is there to be
+    seen, however fast the machine and however late whoever looks.
+    """
+
+    def __init__(self, inner: Experts, shuts_after: int | None = None) -> None:
         self.inner = inner
+        self.shuts_after = shuts_after
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = asyncio.Event()
         self.errors: list[Exception] = []
         self.error: Exception | None = None
         self.deadlines: list[float | None] = []
+
+    def open(self) -> None:
+        """For good."""
+        self.shuts_after = None
+        self.gate.set()
 
     def start(self, layer: int, plan: DispatchPlan, deadline_s: float | None = None) -> Later:
         self.deadlines.append(deadline_s)
@@ -79,6 +89,10 @@ class GatedExperts:
             raise self.errors.pop()
         if self.error is not None:
             raise self.error
+        if self.shuts_after is not None:
+            self.shuts_after -= 1
+            if self.shuts_after == 0:
+                self.gate.clear()
         return await self.inner.start(layer, plan).result()
 
 
