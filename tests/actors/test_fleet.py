@@ -14,6 +14,7 @@ from actors.supervision.in_process import InProcessRuntime
 from actors.supervision.member import View
 from cluster.liveness import LivenessPolicy
 from tests.support.front import run
+from tests.support.idle_clock import run_idle
 
 
 class Process:
@@ -299,7 +300,7 @@ def test_a_spawn_that_hangs_is_given_up_and_whoever_comes_late_is_killed(monkeyp
         assert len(runtime.spawned) == 1
         assert runtime.names("space") == ()
 
-    run(work())
+    run_idle(work())
 
 
 def test_who_is_stopped_while_being_made_does_not_live() -> None:

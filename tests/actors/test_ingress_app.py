@@ -27,6 +27,7 @@ from protos.expert_pb2 import (
     STATUS_OVERLOADED,
 )
 from tests.support.front import CONTEXT, MODEL, VOCAB, ask, client_of, make_front, post, run
+from tests.support.idle_clock import run_idle
 from tests.support.scripted_coordinator import Event, Script, ScriptedCoordinator, failing, losing, raising, saying
 from tests.support.tokenizers import BOS_ID, EOS_ID, mixtral_sentencepiece, write_byte_tokenizer
 
@@ -608,10 +609,14 @@ def test_another_coordinator_goes_on_after_some_tokens(model_dir: Path, stream: 
 
 def test_a_silent_coordinator_is_given_up_after_the_deadline(model_dir: Path) -> None:
     coordinator = ScriptedCoordinator(saying([7, 8]), hold_after=0)
-    limits = FrontLimits(deadline_grace_s=0.5)  # it must have been asked by then
-    front = make_front(model_dir, coordinator, request_timeout_s=0.5, limits=limits)
-    response = post(front, TEXT, prompt="p")
-    assert (response.status_code, error_of(response)["code"]) == (504, "request_timeout")
+    front = make_front(model_dir, coordinator, request_timeout_s=0.5, limits=FrontLimits(deadline_grace_s=0.5))
+
+    async def work() -> None:
+        async with client_of(front) as client:
+            response = await client.post(TEXT, json={"model": MODEL, "prompt": "p"})
+        assert (response.status_code, error_of(response)["code"]) == (504, "request_timeout")
+
+    run_idle(work())
     assert coordinator.cancelled == [coordinator.submits[0].request_id]
 
 

@@ -431,4 +431,4 @@ def test_the_routers_load_counts_each_row_once_whatever_becomes_of_it(tmp_path: 
             computed = sum(one.tokens_total for one in experts.times())
             assert computed == 2 * 2 * routed, "refused rows were not computed, and the silent one never said so"
 
-    run(work())
+    run_idle(work())
