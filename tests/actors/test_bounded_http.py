@@ -93,13 +93,21 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, Any]]:
 
 
 async def refused(url: str, *pieces: bytes) -> tuple[int, dict[str, Any]]:
-    """What a connection that sends `pieces` is told; checks that it is closed then."""
+    """What a connection that sends `pieces` is told; checks that it is closed then.
+
+    Each is read before the next one leaves, and none is sent any more when it was answered: the end of a connection
+    with bytes that nobody has read is a reset, which may overtake the answer.
+    """
     async with connected(url) as (reader, writer):
+        told = asyncio.create_task(answer(reader))
         for piece in pieces:
+            if told.done():
+                break
             writer.write(piece)
-        told = await answer(reader)
+            await asyncio.sleep(0.001)
+        status, body = await told
         assert await reader.read() == b""
-        return told[0], told[1]["error"]
+        return status, body["error"]
 
 
 async def status_of(url: str) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,8 +98,8 @@ class Answering:
 
             def answer() -> None:
                 connection, _ = listener.accept()
-                with connection:
-                    self.asked = connection.recv(65536).decode()
+                with connection, connection.makefile("rb") as lines:
+                    self.asked = b"".join(takewhile(lambda line: line.strip(), lines)).decode()
                     connection.sendall(self._answer)
 
             thread = threading.Thread(target=answer)

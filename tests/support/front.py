@@ -90,13 +90,15 @@ def post(front: FrontDoor, path: str, **body: Any) -> httpx2.Response:
 
 @asynccontextmanager
 async def serving(app: FastAPI, http: type[BoundedHttp] = BoundedHttp) -> AsyncIterator[str]:
-    """The application behind uvicorn on a free port of the loopback; gives its URL."""
+    """The application behind uvicorn on a free port of the loopback; gives its URL.
+
+    A client may be silent between two requests for as long as its machine makes it.
+    """
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=5, http=http)
-    )
+    waits: dict[str, Any] = {"timeout_keep_alive": 600, "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", http=http, **waits))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
