@@ -33,6 +33,8 @@ class Player:
         self._url = url
         self._model_id = model_id
         self._stopping = asyncio.Event()
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrivals: set[asyncio.Task[None]] = set()
         self._arrived = 0
@@ -63,6 +65,20 @@ class Player:
             return True
         return len({stream.key[1] for stream in self.lanes if stream.tokens}) == self.load.streams
 
+    @asynccontextmanager
+    async def only_begun(self) -> AsyncIterator[list[Stream]]:
+        """Until the block ends no lane asks anew. Gives the answers under way, of which each has a token."""
+        self._may_ask.clear()
+        try:
+            await wait_until(lambda: all(one.tokens for one in self._open), 180, "every answer has begun")
+            yield self._open
+        finally:
+            self._may_ask.set()
+
+    @property
+    def _open(self) -> list[Stream]:
+        return [stream for stream in self.lanes if stream.ended_s is None]
+
     async def finish(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Asks nothing new and reads what runs to its end; whatever is not over in time has failed."""
         self._stopping.set()
@@ -86,6 +102,7 @@ class Player:
     async def _lane(self, lane: int) -> None:
         count = failures = 0
         while not self._stopping.is_set() and failures < MAX_FAILURES:
+            await self._may_ask.wait()
             stream = await self.ask(self.load.lane(lane, count))
             count += 1
             if stream.error is not None:

@@ -12,7 +12,7 @@ from tests.chaos.asks import Load
 from tests.chaos.context import Context, Live
 from tests.chaos.figures import Bar, Finding, Trial
 from tests.chaos.models import ChaosModel
-from tests.chaos.player import GoldenFailed, wait_until
+from tests.chaos.player import GoldenFailed, playing, wait_until
 from tests.chaos.row import Row
 from tests.chaos.scripted_server import Script, ScriptedCluster, scripted_cluster
 from tests.chaos.session import Session, Settings
@@ -116,6 +116,22 @@ def test_a_server_that_stays_slow_has_not_recovered() -> None:
 
     trial = trial_of(inject, bound_s=1.5)
     assert trial.recover_s is None
+
+
+def test_lanes_can_be_held_while_what_they_have_asked_goes_on() -> None:
+    async def main() -> None:
+        async with scripted_cluster() as cluster, playing(cluster.url, cluster.model_id, LOAD) as player:
+            player.start()
+            await player.until_flowing()
+            async with player.only_begun() as begun:
+                assert all(stream.tokens for stream in begun)
+                num_asked = len(player.lanes)
+                await wait_until(lambda: all(stream.whole for stream in player.lanes), 60, "all have ended")
+                await asyncio.sleep(0.1)
+                assert len(player.lanes) == num_asked
+            await wait_until(lambda: len(player.lanes) >= num_asked + LOAD.streams, 60, "all ask again")
+
+    asyncio.run(main())
 
 
 def test_calls_are_counted_from_before_to_after() -> None:
