@@ -153,7 +153,7 @@ class LiveRun:
         self._num_failed = self._num_sent = 0
         self._origin_s = 0.0
         self._line = Timeline()
-        self._process_seconds = 0.0
+        self._process_seconds = self._counted_s = 0.0
         self.snapshots: list[tuple[float, SnapshotReply]] = []
         """The coordinator's counters at the beginning and at the end of each window, and when that was."""
 
@@ -243,7 +243,8 @@ class LiveRun:
         line.moved_bytes.append(int(getattr(getattr(status, "balance", None), "moved_bytes_total", 0)))
         tokens = now.prompt_tokens_total + now.generated_tokens_total
         line.tokens.append(int(tokens - before.prompt_tokens_total - before.generated_tokens_total))
-        self._process_seconds += ready * (at_s - began_s)
+        self._process_seconds += ready * (at_s - self._counted_s)
+        self._counted_s = at_s
 
     def _result(self) -> SimulationResult:
         answers, line = self._answers, self._line
@@ -251,8 +252,7 @@ class LiveRun:
         outputs = np.array([a.output_tokens for a in answers])
         several = outputs > 1
         duration_s = max([a.last_s for a in answers], default=self._now_s())
-        counted_s = line.at_s[-1] if line.at_s else 0.0
-        rest = (line.hosts[-1] if line.hosts else 0) * max(duration_s - counted_s, 0.0)
+        rest = (line.hosts[-1] if line.hosts else 0) * max(duration_s - self._counted_s, 0.0)
         return SimulationResult(
             duration_s=duration_s,
             num_steps=0,
