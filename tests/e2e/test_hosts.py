@@ -240,7 +240,7 @@ def probe_holds(host: Host) -> bool:
 def _quietly(holds: Callable[[], bool]) -> bool:
     try:
         return holds()
-    except (OSError, httpx.HTTPError):
+    except (OSError, httpx.HTTPError, subprocess.SubprocessError):
         return False
 
 
@@ -262,8 +262,8 @@ def assert_mutual_tls(machines: Machines, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=100) as plain,
             context.wrap_socket(plain, server_hostname="octavo.internal") as secret,
         ):
-            secret.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
-            try:
+            try:  # who is refused may have been hung up on already
+                secret.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
                 return secret.recv(64)
             except (ssl.SSLError, ConnectionError):
                 return b""

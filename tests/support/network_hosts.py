@@ -50,11 +50,12 @@ class Host:
         return process
 
     def run(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> str:
-        """What a command on this machine prints; its exit status must be 0."""
+        """What a command on this machine prints. Raises SubprocessError when its exit status is not 0."""
         done = subprocess.run(
             self._inside(command), env=env, capture_output=True, text=True, timeout=timeout_s, check=False
         )
-        assert done.returncode == 0, done.stderr
+        if done.returncode != 0:
+            raise subprocess.SubprocessError(f"{command} ended with {done.returncode}: {done.stderr}")
         return done.stdout
 
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
@@ -77,9 +78,7 @@ class Host:
         return [int(pid) for pid in _ip("netns", "pids", self.namespace).split() if int(pid) != os.getpid()]
 
     def _inside(self, command: Sequence[str]) -> list[str]:
-        own_tmp = f'mount --bind {self._ray_dir} {_RAY_DIR} && exec "$@"'
-        apart = ["unshare", "--mount", "--propagation", "private", "sh", "-c", own_tmp, "sh"]
-        return ["ip", "netns", "exec", self.namespace, *apart, *command]
+        return ["ip", "netns", "exec", self.namespace, *_apart(self._ray_dir), *command]
 
 
 class NetworkHosts:
@@ -91,7 +90,6 @@ class NetworkHosts:
         self._switch = f"{tag}-switch"
         self.hosts: list[Host] = []
         self._namespaces: list[str] = []
-        _RAY_DIR.mkdir(exist_ok=True)
         try:
             self._add_namespace(self._switch)
             _in(self._switch, "link", "add", "switch", "type", "bridge")
@@ -143,16 +141,24 @@ def _can() -> None:
     for command in ("ip", "unshare", "mount"):
         if shutil.which(command) is None:
             raise NoNamespaces(f"there is no command {command!r}")
+    _RAY_DIR.mkdir(exist_ok=True)
     probe = f"octavo-{secrets.token_hex(3)}-probe"
     try:
         _ip("netns", "add", probe)
         try:
             _in(probe, "link", "add", "one", "type", "veth", "peer", "name", "other")
             _in(probe, "link", "add", "switch", "type", "bridge")
+            _ip("netns", "exec", probe, *_apart(_RAY_DIR), "true")
         finally:
             _ip("netns", "del", probe)
     except subprocess.CalledProcessError as error:
         raise NoNamespaces(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from None
+
+
+def _apart(ray_dir: Path) -> list[str]:
+    """What a command is preceded by that has another directory for /tmp/ray."""
+    own_tmp = f'mount --bind {ray_dir} {_RAY_DIR} && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", own_tmp, "sh"]
 
 
 def _ip(*arguments: str) -> str:
