@@ -100,8 +100,11 @@ def test_ray_shows_them_too(seen: ServedCluster) -> None:
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
-    def everything_is_shown() -> bool:  # what was told last may come with a later page
-        lines = httpx.get(page, timeout=120).text.splitlines()
+    def everything_is_shown() -> bool:  # what was told last may come with a later page, and the page itself later
+        try:
+            lines = httpx.get(page, timeout=120).text.splitlines()
+        except httpx.HTTPError:
+            return False
         copies = [line for line in lines if line.startswith("ray_octavo_expert_copies_ready{")]
         up = [line for line in lines if line.startswith("ray_octavo_coordinator_up{") and line.endswith(" 1.0")]
         return len(copies) == 8 and len(up) == 1
