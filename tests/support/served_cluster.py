@@ -22,7 +22,7 @@ from actors.supervision.status import ClusterStatus
 
 NAMESPACE = "octavo"
 WITH_PARENT = Path(__file__).with_name("with_parent.py")
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 400.0
 STOP_TIMEOUT_S = 240.0
 COMMAND_TIMEOUT_S = 240.0
 
