@@ -24,8 +24,11 @@ def best_replacement(
 ) -> tuple[int, int, int] | None:
     """(unit that comes, unit of the same range that goes, host) with the least cost for these layers, one range.
 
-    What goes keeps `floor` other copies. None where there is none, or where there are too many to look at.
+    What goes keeps `floor` other copies. None where there is none, where there are too many to look at, and where hosts
+    work on several units at once: what they wait for then does not add up.
     """
+    if draft.is_parallel:
+        return None
     first = draft.grain.unit(layers.start, 0)
     held_EN = draft.held_UN[first : first + draft.grain.num_experts]
     copies_E = draft.copies_U[first : first + draft.grain.num_experts]

@@ -13,8 +13,8 @@ import numpy as np
 from cluster.balance_replacements import best_replacement
 from cluster.balance_trials import Changes, costs_after
 from cluster.ids import NodeId
-from cluster.layout import BoolArray, FloatArray, IntArray
-from cluster.layout_draft import Draft
+from cluster.layout import BoolArray, FloatArray, IntArray, as_busy
+from cluster.layout_draft import Draft, largest_of
 from cluster.mending import spare_units
 
 # Bounds of the search, so that a decision's time is bounded too.
@@ -81,11 +81,11 @@ def in_one(draft: Draft, steps: Sequence[Step]) -> Step | None:
     num_bytes = sum(int(draft.grain.bytes_U[unit]) for (unit, _), held in left.items() if held)
     if num_bytes >= sum(step.num_bytes for step in steps):
         return None
-    before_LN, done = draft.busy_LN.copy(), list[tuple[int, int, bool]]()
+    before, done = draft.loads, list[tuple[int, int, bool]]()
     while (at := _next_of(draft, left)) is not None:
         done.append((*at, left.pop(at)))
         draft.redo(done[-1:])
-    draft.undo(done, before_LN)
+    draft.undo(done, before)
     first, price_bytes = steps[0], sum(step.price_bytes for step in steps)
     if left:
         return None
@@ -129,7 +129,7 @@ def _ways(
 def _waited_for(draft: Draft, layers: slice) -> list[tuple[int, int]]:
     """(layer, its busiest host) of the layers that lose most to imbalance, one for each host."""
     busy_lN = draft.busy_LN[layers]
-    excess_l = busy_lN.max(axis=1) - busy_lN @ draft.speed_N / draft.speed_N.sum()
+    excess_l = busy_lN.max(axis=1) - draft.even(layers)
     found: dict[int, int] = {}
     for index in np.argsort(-excess_l, kind="stable").tolist():
         if excess_l[index] <= 0 or len(found) == _SOURCES:
@@ -208,8 +208,8 @@ def _estimates(draft: Draft, layers: slice, kinds: Sequence[_Candidate], targets
     What must leave a full target is not counted here.
     """
     scale = max(float(draft.busy_LN[layers].max()), 1e-300)
-    busy_lN = draft.busy_LN[layers] / scale
-    powers_lN = _power(busy_lN)
+    sum_lN = draft.sum_LN[layers] / scale
+    powers_lN = _power(draft.busy_LN[layers] / scale)
     power_l = powers_lN.sum(axis=1)
     units_O = np.array([kind.unit for kind in kinds])
     is_move_O = np.array([kind.is_move for kind in kinds])
@@ -221,15 +221,33 @@ def _estimates(draft: Draft, layers: slice, kinds: Sequence[_Candidate], targets
     moves = np.flatnonzero(is_move_O)
     less_ON[moves, [kinds[option].source for option in moves]] = 1 / copies_O[moves]
     less_ON /= draft.speed_N
-    left_lON = _power(busy_lN[:, None, :] - work_lO[:, :, None] * less_ON)
-    relief_lO = (left_lON - powers_lN[:, None, :]).sum(axis=2)
+    left_lON = sum_lN[:, None, :] - work_lO[:, :, None] * less_ON
     share_lO = work_lO / (copies_O + ~is_move_O)
-    added_lOT = _power(busy_lN[:, None, targets] + share_lO[:, :, None] / draft.speed_N[targets])
+    comes_lOT = share_lO[:, :, None] / draft.speed_N[targets]
+    added_lOT = sum_lN[:, None, targets] + comes_lOT
+    if draft.is_parallel:
+        largest_lN = draft.largest_LN[layers] / scale
+        left_lON = as_busy(left_lON, _largest_left(draft, layers, units_O, less_ON) / scale, draft.parallel_N)
+        largest_lOT = np.maximum(largest_lN[:, None, targets], comes_lOT)
+        added_lOT = as_busy(added_lOT, largest_lOT, draft.parallel_N[targets])
+    relief_lO = (_power(left_lON) - powers_lN[:, None, :]).sum(axis=2)
+    added_lOT = _power(added_lOT)
     added_lOT -= powers_lN[:, None, targets]
     added_lOT += (power_l[:, None] + relief_lO)[:, :, None]
     np.maximum(added_lOT, 0.0, out=added_lOT)
     difference_OT: FloatArray = (_root(added_lOT) - _root(power_l)[:, None, None]).sum(axis=0) * scale
     return difference_OT
+
+
+def _largest_left(draft: Draft, layers: slice, units_O: IntArray, less_ON: FloatArray) -> FloatArray:
+    """Work of each host on the unit it works longest on, once each option has taken its part away, shape (l, O, N)."""
+    options_Q, hosts_Q = np.nonzero(less_ON)
+    shares_QE = draft.shares(units_O[options_Q], hosts_Q)
+    experts_Q = units_O[options_Q] % draft.grain.num_experts
+    shares_QE[np.arange(len(experts_Q)), experts_Q] -= less_ON[options_Q, hosts_Q]
+    largest_lON = np.repeat(draft.largest_LN[layers][:, None, :], len(units_O), axis=1)
+    largest_lON[:, options_Q, hosts_Q] = largest_of(draft.work_LE[layers], shares_QE).T
+    return largest_lON
 
 
 def _power(x: FloatArray) -> FloatArray:

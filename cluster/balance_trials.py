@@ -2,7 +2,8 @@
 
 Trying them one after another costs some numpy calls for each, and a decision tries hundreds. Which changes are worth
 trying is `balance_search`'s. Letters as in `layout`; W ways to try, P pairs of a way and a unit that it changes, I
-pairs of a way and a layer range that it touches, l layers of a range.
+pairs of a way and a layer range that it touches, l layers of a range, Q pairs of one of these and a host whose work
+changes.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.layout import FloatArray
-from cluster.layout_draft import Draft, smooth
+from cluster.layout import FloatArray, IntArray, as_busy
+from cluster.layout_draft import Draft, largest_of, smooth
 
 Changes = tuple[tuple[int, int, bool], ...]
 """(unit, host, held), valid one after another."""
@@ -28,14 +29,39 @@ def costs_after(draft: Draft, ways: Sequence[Changes], before_L: FloatArray) -> 
     pairs, shares_PN = _share_changes(draft, ways)
     for touched in _touched(draft, pairs):
         layers_Il = np.array(touched.starts)[:, None] + np.arange(touched.num_layers)
-        busy_IlN = draft.busy_LN[layers_Il]
-        for turn in touched.turns:
-            items, rows, experts = (np.array(column) for column in zip(*turn, strict=True))
+        sum_IlN = draft.sum_LN[layers_Il]
+        turns = [tuple(np.array(column) for column in zip(*turn, strict=True)) for turn in touched.turns]
+        for items, rows, experts in turns:
             work_Pl = draft.work_LE[layers_Il[items], experts[:, None]]
-            busy_IlN[items] += work_Pl[:, :, None] * shares_PN[rows][:, None, :]
+            sum_IlN[items] += work_Pl[:, :, None] * shares_PN[rows][:, None, :]
+        busy_IlN = sum_IlN
+        if draft.is_parallel:
+            busy_IlN = as_busy(sum_IlN, _largest(draft, layers_Il, turns, shares_PN), draft.parallel_N)
         changes_I = smooth(busy_IlN).sum(axis=1) - before_L[layers_Il].sum(axis=1)
         np.add.at(costs_W, touched.ways, changes_I)
     return costs_W
+
+
+def _largest(
+    draft: Draft, layers_Il: IntArray, turns: Sequence[tuple[IntArray, ...]], shares_PN: FloatArray
+) -> FloatArray:
+    """Work of each host on the unit it works longest on, after each of these ways, shape (I, l, N)."""
+    changed_IN = np.zeros((len(layers_Il), len(draft.speed_N)), np.bool_)
+    for items, rows, _ in turns:
+        changed_IN[items] |= shares_PN[rows] != 0
+    items_Q, hosts_Q = np.nonzero(changed_IN)
+    firsts_I = np.searchsorted(draft.grain.bounds, layers_Il[:, 0], side="right") - 1
+    shares_QE = draft.shares(firsts_I[items_Q] * draft.grain.num_experts, hosts_Q)
+    for items, rows, experts in turns:
+        row_I = np.full(len(layers_Il), -1)
+        expert_I = row_I.copy()
+        row_I[items], expert_I[items] = rows, experts
+        pairs = np.flatnonzero(row_I[items_Q] >= 0)
+        which = items_Q[pairs]
+        shares_QE[pairs, expert_I[which]] += shares_PN[row_I[which], hosts_Q[pairs]]
+    largest_IlN = draft.largest_LN[layers_Il]
+    largest_IlN[items_Q, :, hosts_Q] = largest_of(draft.work_LE[layers_Il[items_Q]], shares_QE)
+    return largest_IlN
 
 
 def _share_changes(draft: Draft, ways: Sequence[Changes]) -> tuple[list[tuple[int, int]], FloatArray]:

@@ -153,6 +153,6 @@ def _busiest(layout: Layout, work_LE: FloatArray) -> FloatArray:
 
 def _even(layout: Layout, work_LE: FloatArray) -> FloatArray:
     """Work of each layer on every host if all that are not draining did the same."""
-    speed = sum(host.speed for host in layout.hosts if not host.draining)
+    speed = sum(host.speed * host.parallelism for host in layout.hosts if not host.draining)
     even_L: FloatArray = work_LE.sum(axis=1) / max(speed, 1e-9)
     return even_L

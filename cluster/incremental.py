@@ -148,7 +148,7 @@ class Incremental:
     def _to_look_at(self, draft: Draft, rests: list[Rest | None]) -> list[int]:
         """Ranges that are not at rest, those that lose most to imbalance first."""
         now = _as_it_is(draft, 0, draft.grain.num_ranges)
-        excess_L = draft.busy_LN.max(axis=1) - draft.even_L
+        excess_L = draft.busy_LN.max(axis=1) - draft.even()
         loses = np.add.reduceat(excess_L, draft.grain.bounds[:-1]).tolist()
         open_ranges = [
             which for which, rest in enumerate(rests) if rest is None or rest.has_changed(now[which], self.noise)
@@ -193,7 +193,7 @@ class Incremental:
         layers = draft.grain.layers(which * draft.grain.num_experts)
         steps: list[Step] = []
         waits = [critical_share(draft.busy_LN)]
-        before_LN = draft.busy_LN.copy()
+        before = draft.loads
         while len(steps) < self.max_moves:
             step = best_step(draft, floor, allowance.forbidden, layers)
             if step is None:
@@ -201,7 +201,7 @@ class Incremental:
             draft.redo(step.changes)
             steps.append(step)
             waits.append(critical_share(draft.busy_LN))
-        draft.undo([change for step in steps for change in step.changes], before_LN)
+        draft.undo([change for step in steps for change in step.changes], before)
         return steps, waits
 
     def _quieten(self, draft: Draft, floor: int) -> list[Copy | Drop]:
@@ -225,7 +225,7 @@ def _carried_out(draft: Draft, step: Step, wait: float) -> list[Copy | Drop]:
     """The step on the draft, as actions with their reason; `wait` is for the busiest hosts after it."""
     hosts, layer = draft.layout.hosts, step.layer
     busy_N = draft.busy_LN[layer]
-    even = float(busy_N @ draft.speed_N / draft.speed_N.sum())
+    even = float(draft.even(layer))
     why = (
         f"{hosts[step.source].node_id} is {float(busy_N.max()) / even:.2f} times as busy as the mean "
         f"in layer {layer}, most of it with {draft.grain.say(step.unit)}; "
@@ -239,10 +239,10 @@ def _as_it_is(draft: Draft, first: int, end: int) -> list[Rest]:
     bounds = np.array(draft.grain.bounds[first : end + 1])
     layers = slice(bounds[0], bounds[-1])
     bounds -= bounds[0]
-    work_lE, busy_lN = draft.work_LE[layers], draft.busy_LN[layers]
+    work_lE, waits_l = draft.work_LE[layers], draft.busy_LN[layers].max(axis=1)
     parts_lE = work_lE / np.maximum(work_lE.sum(axis=1, keepdims=True), 1e-300)
-    waits = np.add.reduceat(busy_lN.max(axis=1), bounds[:-1])
-    evens = np.add.reduceat(busy_lN @ draft.speed_N / draft.speed_N.sum(), bounds[:-1])
+    waits = np.add.reduceat(waits_l, bounds[:-1])
+    evens = np.add.reduceat(draft.even(layers), bounds[:-1])
     imbalances = (waits / np.maximum(evens, 1e-300)).tolist()
     return [
         Rest(parts_lE[low:high], imbalance)

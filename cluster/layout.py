@@ -92,7 +92,8 @@ class Grain:
 class Host:
     """What a machine offers: units it may hold, memory for them, speed relative to the host work is measured on.
 
-    A `draining` host gives up what it has and gets nothing new.
+    It works on `parallelism` units at once (its GPUs; or processors, where each unit has a process), on one of them
+    never with more than one. A `draining` host gives up what it has and gets nothing new.
     """
 
     node_id: NodeId
@@ -100,12 +101,13 @@ class Host:
     memory_bytes: int
     speed: float = 1.0
     draining: bool = False
+    parallelism: int = 1
 
     def __post_init__(self) -> None:
-        if self.slots < 0 or self.memory_bytes < 0 or not self.speed > 0:
+        if self.slots < 0 or self.memory_bytes < 0 or not self.speed > 0 or self.parallelism < 1:
             raise ValueError(
-                f"{self.node_id} has {self.slots} slots, {self.memory_bytes} bytes, speed {self.speed}: "
-                "the first two must be at least 0, speed above 0"
+                f"{self.node_id} has {self.slots} slots, {self.memory_bytes} bytes, speed {self.speed}, parallelism "
+                f"{self.parallelism}: the first two must be at least 0, speed above 0, parallelism at least 1"
             )
 
 
@@ -164,24 +166,55 @@ class Layout:
 
         `work_LE` is in seconds of a host of speed 1 per second. Work of a unit that nobody holds is not in it.
         """
-        return busy(self.grain, self.held_UN, self.copies_U, speeds(self.hosts), work_LE)
+        speed_N, parallel_N = speeds(self.hosts), parallelisms(self.hosts)
+        sum_LN = work_sums(self.grain, self.held_UN, self.copies_U, speed_N, work_LE)
+        if (parallel_N == 1).all():
+            return sum_LN
+        return as_busy(sum_LN, largest_works(self.grain, self.held_UN, self.copies_U, speed_N, work_LE), parallel_N)
 
 
 def speeds(hosts: Sequence[Host]) -> FloatArray:
-    """Speed of each host, shape (N,)."""
+    """Speed of each host, on one unit, shape (N,)."""
     return np.array([host.speed for host in hosts], np.float64)
 
 
-def busy(grain: Grain, held_UN: BoolArray, copies_U: IntArray, speed_N: FloatArray, work_LE: FloatArray) -> FloatArray:
-    """`Layout.busy_LN` on loose arrays."""
-    busy_LN = np.empty((grain.num_layers, held_UN.shape[1]))
+def parallelisms(hosts: Sequence[Host]) -> IntArray:
+    """Units that each host works on at once, shape (N,)."""
+    return np.array([host.parallelism for host in hosts], np.int64)
+
+
+def as_busy(sum_XN: FloatArray, largest_XN: FloatArray, parallel_N: IntArray) -> FloatArray:
+    """How long hosts work that have so much in all, and so much with one unit: no unit is worked on by two at once."""
+    busy_XN: FloatArray = np.maximum(sum_XN / parallel_N, largest_XN)
+    return busy_XN
+
+
+def work_sums(
+    grain: Grain, held_UN: BoolArray, copies_U: IntArray, speed_N: FloatArray, work_LE: FloatArray
+) -> FloatArray:
+    """How long each host works on its units in each layer, one after another, shape (L, N)."""
+    sum_LN = np.empty((grain.num_layers, held_UN.shape[1]))
     for which in range(grain.num_ranges):
         units = slice(which * grain.num_experts, (which + 1) * grain.num_experts)
         layers = slice(grain.bounds[which], grain.bounds[which + 1])
         share_lE = work_LE[layers] / np.maximum(copies_U[units], 1)
-        busy_LN[layers] = share_lE @ held_UN[units].astype(np.float64)
-    busy_LN /= speed_N
-    return busy_LN
+        sum_LN[layers] = share_lE @ held_UN[units].astype(np.float64)
+    sum_LN /= speed_N
+    return sum_LN
+
+
+def largest_works(
+    grain: Grain, held_UN: BoolArray, copies_U: IntArray, speed_N: FloatArray, work_LE: FloatArray
+) -> FloatArray:
+    """How long each host works on the one of its units that it works longest on, in each layer, shape (L, N)."""
+    largest_LN = np.zeros((grain.num_layers, held_UN.shape[1]))
+    for which in range(grain.num_ranges):
+        largest_lN = largest_LN[grain.bounds[which] : grain.bounds[which + 1]]
+        for unit in range(which * grain.num_experts, (which + 1) * grain.num_experts):
+            share_l = work_LE[grain.layers(unit), unit % grain.num_experts] / max(int(copies_U[unit]), 1)
+            np.maximum(largest_lN, share_l[:, None] * held_UN[unit], out=largest_lN)
+    largest_LN /= speed_N
+    return largest_LN
 
 
 def critical_share(busy_LN: FloatArray) -> float:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.layout import FloatArray, Layout, busy, speeds
+from cluster.layout import FloatArray, IntArray, Layout, as_busy, largest_works, parallelisms, speeds, work_sums
 from cluster.policy import Copy, Drop
 
 MANY_COPIES = 1 << 30
 """No limit."""
+_ALL = slice(None)
 STEEPNESS = 8
 """Power of the smooth maximum: high enough that the busiest host rules, low enough that the second busiest counts."""
 
@@ -40,7 +41,14 @@ class Draft:
         self.open_N = np.array([not host.draining for host in layout.hosts], np.bool_)
         self.work_LE = np.zeros((grain.num_layers, grain.num_experts)) if work_LE is None else work_LE
         self.work_U: FloatArray = np.add.reduceat(self.work_LE, grain.bounds[:-1], axis=0).ravel()
-        self.busy_LN = busy(grain, self.held_UN, self.copies_U, self.speed_N, self.work_LE)
+        self.parallel_N = parallelisms(layout.hosts)
+        self.is_parallel = bool((self.parallel_N > 1).any())
+        self.capacity = float((self.speed_N * self.parallel_N).sum())
+        self.sum_LN = work_sums(grain, self.held_UN, self.copies_U, self.speed_N, self.work_LE)
+        self.largest_LN = self.busy_LN = self.sum_LN
+        if self.is_parallel:
+            self.largest_LN = largest_works(grain, self.held_UN, self.copies_U, self.speed_N, self.work_LE)
+            self.busy_LN = as_busy(self.sum_LN, self.largest_LN, self.parallel_N)
 
     def work(self, unit: int) -> FloatArray:
         """Work of a unit in each of its layers."""
@@ -86,16 +94,21 @@ class Draft:
         for unit, host, held in actions:
             self._set(unit, host, held=held)
 
-    def undo(self, actions: Sequence[tuple[int, int, bool]], busy_LN: FloatArray) -> None:
-        """Takes back what `redo` did last, to the last bit: `busy_LN` is a copy from before it."""
+    @property
+    def loads(self) -> tuple[FloatArray, ...]:
+        """Copies of what `undo` has to bring back."""
+        return tuple(array.copy() for array in self._loads)
+
+    def undo(self, actions: Sequence[tuple[int, int, bool]], before: tuple[FloatArray, ...]) -> None:
+        """Takes back what `redo` did last, to the last bit: `before` is `loads` from before it."""
         for unit, host, held in reversed(actions):
             self._count(unit, host, held=not held)
-        self.busy_LN[:] = busy_LN
+        for array, was in zip(self._loads, before, strict=True):
+            array[:] = was
 
-    @property
-    def even_L(self) -> FloatArray:
-        """Share of its time that each layer would cost if every host worked as long as any other."""
-        even: FloatArray = (self.busy_LN @ self.speed_N) / self.speed_N.sum()
+    def even(self, layers: slice | int = _ALL) -> FloatArray:
+        """Share of its time that each of these layers would cost if every host worked as long as any other."""
+        even: FloatArray = (self.sum_LN[layers] @ self.speed_N) / self.capacity
         return even
 
     def smooth_costs(self) -> FloatArray:
@@ -109,7 +122,32 @@ class Draft:
     def _set(self, unit: int, host: int, *, held: bool) -> None:
         before_N = self._shares(unit)
         self._count(unit, host, held=held)
-        self.busy_LN[self.grain.layers(unit)] += self.work(unit)[:, None] * (self._shares(unit) - before_N)
+        change_N, layers = self._shares(unit) - before_N, self.grain.layers(unit)
+        self.sum_LN[layers] += self.work(unit)[:, None] * change_N
+        if self.is_parallel:
+            hosts = np.flatnonzero(change_N)
+            self.largest_LN[layers, hosts] = self._largest(unit, hosts)
+            self.busy_LN[layers] = as_busy(self.sum_LN[layers], self.largest_LN[layers], self.parallel_N)
+
+    @property
+    def _loads(self) -> tuple[FloatArray, ...]:
+        return (self.sum_LN, self.largest_LN, self.busy_LN) if self.is_parallel else (self.sum_LN,)
+
+    def _largest(self, unit: int, hosts: IntArray) -> FloatArray:
+        """Work of these hosts on the unit of the range of `unit` that they work longest on, shape (layers, hosts)."""
+        largest: FloatArray = largest_of(self.work_LE[self.grain.layers(unit)], self.shares(unit, hosts)).T
+        return largest
+
+    def shares(self, units: IntArray | int, hosts: IntArray) -> FloatArray:
+        """How long each host works for a second of each expert's work, in the layer range of the unit that is given
+        for it (or for all), shape (hosts, E).
+        """
+        num_experts = self.grain.num_experts
+        firsts = np.broadcast_to(np.asarray(units) // num_experts * num_experts, hosts.shape)
+        units_XE = firsts[:, None] + np.arange(num_experts)
+        held_XE = self.held_UN[units_XE, hosts[:, None]]
+        shares_XE: FloatArray = held_XE / (np.maximum(self.copies_U[units_XE], 1) * self.speed_N[hosts, None])
+        return shares_XE
 
     def _count(self, unit: int, host: int, *, held: bool) -> None:
         sign = 1 if held else -1
@@ -122,6 +160,12 @@ class Draft:
         """How long each host works for one second of the unit's work."""
         shares_N: FloatArray = self.held_UN[unit] / (max(int(self.copies_U[unit]), 1) * self.speed_N)
         return shares_N
+
+
+def largest_of(work_XlE: FloatArray, shares_XE: FloatArray) -> FloatArray:
+    """The largest of the experts' works, times these shares, shape (X, l)."""
+    largest_Xl: FloatArray = (work_XlE * shares_XE[:, None, :]).max(axis=-1)
+    return largest_Xl
 
 
 def smooth(busy_XN: FloatArray) -> FloatArray:

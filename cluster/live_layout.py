@@ -24,7 +24,8 @@ class Ground:
     """Where replicas may be: the nodes that answer, those that give up what they have, and where each replica is.
 
     `expert_slots` bounds the units of a node; None leaves the bound to its GPUs and its memory. `speeds` are relative
-    to the node that work is measured on, 1.0 where unknown.
+    to the node that work is measured on, 1.0 where unknown. A node without GPUs works on as many units at once as it
+    has processors for, `cpus_each` for a process.
     """
 
     nodes: tuple[NodeSlots, ...]
@@ -32,6 +33,7 @@ class Ground:
     draining: Collection[NodeId] = ()
     expert_slots: int | None = None
     speeds: Mapping[NodeId, float] = field(default_factory=dict)
+    cpus_each: float = 1.0
 
 
 def layout_of(desired: DesiredSet, grain: Grain, ground: Ground) -> Layout:
@@ -145,4 +147,5 @@ def _host(
         memory_bytes=min(bytes_held + free * int(grain.bytes_U.max()), NO_LIMIT),
         speed=ground.speeds.get(node.node_id, 1.0),
         draining=node.node_id in ground.draining,
+        parallelism=max(1, int(node.gpu if footprint.gpu > 0 else node.cpu / ground.cpus_each)),
     )

@@ -26,7 +26,7 @@ class MoveFailed(Exception):
 class Mover:
     """`bytes_per_s` is how fast copies are allowed to load, None where nobody limits it.
 
-    `draining` are nodes that give up what they have. `speeds` are what was last measured.
+    `draining` are nodes that give up what they have. `speeds` are what was last measured. A process uses `cpus_each`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Mover:
         drain_s: float,
         expert_slots: int | None = None,
         bytes_per_s: int | None = None,
+        cpus_each: float = 1.0,
     ) -> None:
         self.experts = experts
         self.grain = grain
@@ -46,6 +47,7 @@ class Mover:
         self._hosts = hosts
         self._drain_s = drain_s
         self._expert_slots = expert_slots
+        self._cpus_each = cpus_each
         self._known = experts.desired
         self._rate = min(bytes_per_s or SLOWEST_BYTES_PER_S, SLOWEST_BYTES_PER_S)
 
@@ -59,6 +61,7 @@ class Mover:
             draining=self.draining | self.experts.leaving,
             expert_slots=self._expert_slots,
             speeds=self.speeds,
+            cpus_each=self._cpus_each,
         )
 
     @property

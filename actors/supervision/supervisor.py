@@ -95,6 +95,7 @@ class Supervisor:
             drain_s=config.drain_timeout_s,
             expert_slots=config.expert_slots,
             bytes_per_s=config.balance_bytes_per_s,
+            cpus_each=config.expert_threads,
         )
         self._balancing = Balancing(config, mover, lambda: self._coordinators.views, self._say)
         self._verbs = Verbs(mover, self._balancing, self._say)

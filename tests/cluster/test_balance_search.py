@@ -21,6 +21,7 @@ def random_draft(rng: np.random.Generator) -> Draft:
     num_hosts = int(rng.integers(1, 10))
     held = rng.random((grain.num_units, num_hosts)) < rng.choice([0.2, 0.5, 0.9])
     largest = int(grain.bytes_U.max())
+    most_at_once = int(rng.choice([1, 1, 4]))
     on = tuple(
         Host(
             node_id=NodeId(f"n{n}"),
@@ -28,6 +29,7 @@ def random_draft(rng: np.random.Generator) -> Draft:
             memory_bytes=int(grain.bytes_U @ held[:, n] + rng.choice([0, largest])),
             speed=float(rng.uniform(0.5, 2.0)),
             draining=bool(rng.random() < 0.1),
+            parallelism=int(rng.integers(1, most_at_once + 1)),
         )
         for n in range(num_hosts)
     )
@@ -38,7 +40,7 @@ def random_draft(rng: np.random.Generator) -> Draft:
 
 @pytest.mark.parametrize("start", range(0, 400, 100))
 def test_the_step_is_the_plain_searchs(start: int) -> None:
-    num_steps = 0
+    num_steps = num_ties = 0
     for seed in range(start, start + 100):
         rng = np.random.default_rng(seed)
         draft = random_draft(rng)
@@ -56,13 +58,18 @@ def test_the_step_is_the_plain_searchs(start: int) -> None:
             if step is None or expected is None:
                 assert step == expected, f"seed {seed}"
                 break
-            assert step.changes == expected.changes, f"seed {seed}"
             assert step.cost == pytest.approx(expected.cost, rel=1e-9)
             assert (step.num_bytes, step.price_bytes) == (expected.num_bytes, expected.price_bytes)
-            assert (step.unit, step.source, step.layer) == (expected.unit, expected.source, expected.layer)
+            if step.changes == expected.changes:
+                assert (step.unit, step.source, step.layer) == (expected.unit, expected.source, expected.layer)
+            else:  # two that are alike but for rounding, which differs between processors
+                alike = plain_search.cost_after(draft, step.changes)
+                assert alike == pytest.approx(expected.cost, rel=1e-12), f"seed {seed}"
+                num_ties += 1
             draft.redo(step.changes)
             num_steps += 1
     assert num_steps > 100
+    assert num_ties <= 3
 
 
 def step_of(draft: Draft, *changes: tuple[int, int, bool]) -> Step:
@@ -89,7 +96,7 @@ def test_what_one_step_loads_and_a_later_one_drops_is_not_loaded() -> None:
 def test_several_steps_in_one_end_alike_and_keep_every_rule_on_their_way(seed: int) -> None:
     rng = np.random.default_rng(seed)
     draft = random_draft(rng)
-    held_UN, busy_LN = draft.held_UN.copy(), draft.busy_LN.copy()
+    held_UN, before, busy_LN = draft.held_UN.copy(), draft.loads, draft.busy_LN.copy()
     least_slots, least_bytes = np.minimum(draft.slots_free_N, 0), np.minimum(draft.bytes_free_N, 0)
     steps: list[Step] = []
     for _ in range(int(rng.integers(1, 4))):
@@ -101,7 +108,7 @@ def test_several_steps_in_one_end_alike_and_keep_every_rule_on_their_way(seed: i
                 draft.redo(back.changes)
                 steps.append(back)
     end_UN = draft.held_UN.copy()
-    draft.undo([change for step in steps for change in step.changes], busy_LN)
+    draft.undo([change for step in steps for change in step.changes], before)
     one = in_one(draft, steps) if steps else None
     assert (draft.held_UN == held_UN).all()
     assert (draft.busy_LN == busy_LN).all()

@@ -1,5 +1,7 @@
 """Layouts count right, and a draft's running figures equal those counted from nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,14 @@ def test_busy_shares_split_work_among_copies_by_speed_of_host() -> None:
     assert critical_share(busy_LN) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize(("parallelism", "busy"), [(1, 0.9), (2, 0.5), (3, 0.5)])
+def test_a_host_works_on_several_units_at_once_and_on_each_of_them_alone(parallelism: int, busy: float) -> None:
+    host = replace(hosts(1, 3)[0], parallelism=parallelism)
+    at = layout(Grain.even(1, 3), [host], [(0, 0), (1, 0), (2, 0)])
+    assert at.busy_LN(np.array([[0.5, 0.1, 0.3]])) == pytest.approx(np.array([[busy]]))
+    assert at.busy_LN(np.array([[0.3, 0.3, 0.3]])) == pytest.approx(np.array([[0.9 / parallelism]]))
+
+
 def test_shapes_and_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"held_UN has shape \(1, 1\), but there are 2 units and 1 hosts"):
         Layout(Grain.even(1, 2), hosts(1), np.zeros((1, 1), np.bool_))
@@ -55,6 +65,8 @@ def test_shapes_and_sizes_are_checked() -> None:
         Layout.empty(Grain.even(1, 2), hosts(1) * 2)
     with pytest.raises(ValueError, match="speed 0"):
         Host(node_id=NodeId("n"), slots=1, memory_bytes=1, speed=0)
+    with pytest.raises(ValueError, match="parallelism 0"):
+        Host(node_id=NodeId("n"), slots=1, memory_bytes=1, parallelism=0)
     with pytest.raises(ValueError, match="num_ranges is 3"):
         Grain.even(2, 2, num_ranges=3)
     empty = Layout.empty(Grain.even(1, 2), hosts(1))
@@ -68,25 +80,27 @@ def test_shapes_and_sizes_are_checked() -> None:
 def test_a_draft_keeps_count_and_takes_back_what_it_did(seed: int) -> None:
     rng = np.random.default_rng(seed)
     grain = Grain(num_experts=3, bounds=(0, 2, 5), layer_bytes=7)
-    start = Layout(grain, hosts(4, 9), rng.random((6, 4)) < 0.5)
+    at_once = rng.integers(1, int(rng.choice([1, 4])) + 1, 4)
+    on = tuple(replace(host, parallelism=int(each)) for host, each in zip(hosts(4, 9), at_once, strict=True))
+    start = Layout(grain, on, rng.random((6, 4)) < 0.5)
     work_LE = rng.random((5, 3))
     draft = Draft(start, work_LE)
-    done = []
+    at_start, done = draft.loads, []
     for _ in range(10):
         unit, host = int(rng.integers(6)), int(rng.integers(4))
         done.append((unit, host, not draft.held_UN[unit, host]))
         draft.redo(done[-1:])
-        before_LN = draft.busy_LN.copy()
+        before, busy_LN = draft.loads, draft.busy_LN.copy()
         once_more = ((unit, host, not draft.held_UN[unit, host]),)
         draft.redo(once_more)
-        draft.undo(once_more, before_LN)
-        assert (draft.busy_LN == before_LN).all()
+        draft.undo(once_more, before)
+        assert (draft.busy_LN == busy_LN).all()
     now = Layout(grain, start.hosts, draft.held_UN)
     assert draft.busy_LN == pytest.approx(now.busy_LN(work_LE))
     assert (draft.copies_U == now.copies_U).all()
     assert (draft.slots_free_N == now.slots_free_N).all()
     assert (draft.bytes_free_N == now.bytes_free_N).all()
-    draft.undo(done, start.busy_LN(work_LE))
+    draft.undo(done, at_start)
     assert (draft.held_UN == start.held_UN).all()
     assert draft.busy_LN == pytest.approx(start.busy_LN(work_LE))
 

@@ -32,8 +32,8 @@ def a_set(*, replicas: int = 1, size: int = 1, gpu: float = 0.0) -> DesiredSet:
     return DesiredSet(num_layers=LAYERS, num_experts=EXPERTS, min_copies=replicas, footprint=footprint, replicas=made)
 
 
-def node(name: str, *, memory: int = 1000, gpu: float = 0.0) -> NodeSlots:
-    return NodeSlots(node_id=NodeId(name), gpu=gpu, cpu=1.0, memory_bytes=memory)
+def node(name: str, *, memory: int = 1000, gpu: float = 0.0, cpu: float = 1.0) -> NodeSlots:
+    return NodeSlots(node_id=NodeId(name), gpu=gpu, cpu=cpu, memory_bytes=memory)
 
 
 def ground(places: Mapping[str, str], *nodes: NodeSlots, **more: object) -> Ground:
@@ -73,6 +73,14 @@ def test_gpus_and_slots_are_bounds_too() -> None:
     few = layout_of(a_set(), WHOLE, ground(SPREAD, expert_slots=1, draining=["n1"], speeds={"n0": 0.5}))
     assert few.slots_free_N.tolist() == [-1, -1]
     assert [(host.draining, host.speed) for host in few.hosts] == [(False, 0.5), (True, 1.0)]
+
+
+def test_a_host_works_on_as_many_units_at_once_as_it_has_gpus_or_processors_for() -> None:
+    on = (node("n0", cpu=8.0), node("n1", cpu=0.0, gpu=4.0))
+    at_once = [host.parallelism for host in layout_of(a_set(), WHOLE, ground(SPREAD, *on, cpus_each=3)).hosts]
+    assert at_once == [2, 1], "at least one"
+    shared = layout_of(a_set(gpu=0.5), WHOLE, ground(SPREAD, *on))
+    assert [host.parallelism for host in shared.hosts] == [1, 4], "two on one GPU wait for each other"
 
 
 def test_a_copy_goes_only_where_it_may() -> None:

@@ -20,6 +20,8 @@ from tests.support.throttled import ThrottledSupervisor
 
 TOKEN = "a-token-of-the-tests"
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
+CPUS = 4
+"""Of a node: its experts sleep beside each other, each as if it had a device of its own."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -57,10 +59,10 @@ def hot_cluster(config: ClusterConfig) -> Iterator[HotCluster]:
     let_workers_find_us()
     nodes = PatientCluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False},
+        head_node_args={"num_cpus": CPUS, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False},
     )
     for _ in range(2):
-        nodes.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+        nodes.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
     try:
         with throttled(str(nodes.address), config) as cluster:
             yield cluster

@@ -74,7 +74,7 @@ def best_replacement(
         and 1 <= draft.copies_U[unit] < draft.max_copies
         and (unit, hosts[host].node_id) not in forbidden
     ]
-    if not ways:
+    if not ways or draft.is_parallel:
         return None
     costs = [cost_after(draft, ((spare, host, False), (unit, host, True))) for unit, spare, host in ways]
     return next(way for way, cost in zip(ways, costs, strict=True) if cost <= min(costs) * (1 + ROUNDING))
@@ -87,7 +87,7 @@ def _rate(step: Step, before: float) -> float:
 def _waited_for(draft: Draft, layers: slice) -> list[tuple[int, int]]:
     """(layer, its busiest host) of the layers that lose most to imbalance, one for each host."""
     busy_lN = draft.busy_LN[layers]
-    excess_l = busy_lN.max(axis=1) - draft.even_L[layers]
+    excess_l = busy_lN.max(axis=1) - draft.even(layers)
     found: dict[int, int] = {}
     for index in np.argsort(-excess_l, kind="stable").tolist():
         if excess_l[index] <= 0 or len(found) == _SOURCES:
@@ -144,27 +144,38 @@ def _estimates(
     What must leave a full target is not counted here.
     """
     scale = max(float(draft.busy_LN[layers].max()), 1e-300)
-    busy_lN = draft.busy_LN[layers] / scale
-    power_l = _power(busy_lN).sum(axis=1)
-    work_lK = draft.work_LE[layers][:, units % draft.grain.num_experts] / scale
-    copies_K = draft.copies_U[units]
-    relief_lK = np.empty_like(work_lK)
-    for k, unit in enumerate(units.tolist()):
-        holders = np.flatnonzero(draft.held_UN[unit])
-        now = busy_lN[:, holders]
-        less = now - work_lK[:, k, None] / (copies_K[k] * (copies_K[k] + 1) * draft.speed_N[holders])
-        relief_lK[:, k] = (_power(less) - _power(now)).sum(axis=1)
-    target_lT = busy_lN[:, None, targets]
+    powers_lN = _power(draft.busy_LN[layers] / scale)
+    power_l = powers_lN.sum(axis=1)
+    copy_KT, move_KT = np.empty((len(units), len(targets))), np.empty((len(units), len(targets)))
 
-    def change(relief: FloatArray, share_lK: FloatArray) -> FloatArray:
-        added = _power(target_lT + share_lK[:, :, None] / draft.speed_N[targets]) - _power(target_lT)
-        after = np.maximum(power_l[:, None, None] + relief[:, :, None] + added, 0.0)
-        difference: FloatArray = (_root(after) - _root(power_l)[:, None, None]).sum(axis=0) * scale
-        return difference
+    def change(hosts_that_give: list[int], less: float, target: int, more: float, unit: int) -> float:
+        gives = [(n, -less / draft.speed_N[n]) for n in hosts_that_give]
+        relief = sum(_power(_busy_after(draft, layers, n, unit, by) / scale) - powers_lN[:, n] for n, by in gives)
+        added = _power(_busy_after(draft, layers, target, unit, more / draft.speed_N[target]) / scale)
+        after = np.maximum(power_l + relief + (added - powers_lN[:, target]), 0.0)
+        return float((_root(after) - _root(power_l)).sum()) * scale
 
-    mine_l = busy_lN[:, host, None]
-    moved_lK = _power(mine_l - work_lK / copies_K / draft.speed_N[host]) - _power(mine_l)
-    return change(relief_lK, work_lK / (copies_K + 1)), change(moved_lK, work_lK / copies_K)
+    for k, t in np.ndindex(copy_KT.shape):
+        unit, target = int(units[k]), int(targets[t])
+        copies = int(draft.copies_U[unit])
+        copy_KT[k, t] = change(draft.holders(unit), 1 / (copies * (copies + 1)), target, 1 / (copies + 1), unit)
+        move_KT[k, t] = change([host], 1 / copies, target, 1 / copies, unit)
+    return copy_KT, move_KT
+
+
+def _busy_after(draft: Draft, layers: slice, host: int, unit: int, by: float) -> FloatArray:
+    """Busy share of the host in these layers once it works `by` s more for each second of the unit's work."""
+    first, num_experts = draft.grain.unit(layers.start, 0), draft.grain.num_experts
+    shares = [
+        float(draft.held_UN[one, host]) / max(int(draft.copies_U[one]), 1) / float(draft.speed_N[host])
+        for one in range(first, first + num_experts)
+    ]
+    shares[unit - first] += by
+    largest_l = np.max([draft.work_LE[layers, e] * share for e, share in enumerate(shares)], axis=0)
+    sum_l = draft.sum_LN[layers, host] + draft.work_LE[layers, unit - first] * by
+    parallelism = int(draft.parallel_N[host])
+    busy_l: FloatArray = sum_l if parallelism == 1 else np.maximum(sum_l / parallelism, largest_l)
+    return busy_l
 
 
 def _power(x: FloatArray) -> FloatArray:
@@ -221,10 +232,10 @@ def _tried(draft: Draft, candidate: _Candidate, changes: tuple[tuple[int, int, b
 
 def cost_after(draft: Draft, changes: tuple[tuple[int, int, bool], ...]) -> float:
     """The smooth cost once these are done; the draft is as before."""
-    before_LN = draft.busy_LN.copy()
+    before = draft.loads
     draft.redo(changes)
     cost = draft.smooth_cost()
-    draft.undo(changes, before_LN)
+    draft.undo(changes, before)
     return cost
 
 
