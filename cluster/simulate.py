@@ -2,8 +2,8 @@
 
 A step costs the coordinator's overhead and, layer after layer, its slowest host (`ServiceTime` by calls and tokens).
 Hosts of a batch are chosen by `assignment`, layouts and host counts by the policy. What it leaves out: coordinators
-step as one (their batches are one batch), microbatches do not overlap, loads do not slow serving, and there is no KV
-memory. Deterministic; reads no clock.
+step as one (their batches are one batch), microbatches do not overlap, loads slow all hosts alike or none, and there is
+no KV memory. Deterministic; reads no clock.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,8 @@ class SimulationConfig:
     since it was asked last. `locality_s`: a step's routing is the trace's from at most so much later. After `max_steps`
     the simulation stops, whatever is left undone. Requests of `closed` loops come when they are sent, not when the
     trace says. Of `faults` a policy learns what it sees: slow hosts by their work, lost ones by the layout. While a
-    unit is nobody's, nothing is served.
+    unit is nobody's, nothing is served. Where hosts share a machine, as few loads are under way at a time as
+    `max_loading` says, and meanwhile steps take `loading_slows` times as long.
     """
 
     cost: ServiceTime
@@ -42,6 +43,8 @@ class SimulationConfig:
     window_s: float = 10.0
     load_bytes_per_s: float = 1e9
     host_start_s: float = 30.0
+    max_loading: int | None = None
+    loading_slows: float = 1.0
     split: bool = True
     locality_s: float = 10.0
     max_steps: int = 5_000_000
@@ -53,6 +56,8 @@ class SimulationConfig:
             raise ValueError(
                 f"window_s is {self.window_s}, locality_s {self.locality_s}, max_steps {self.max_steps}: all above 0"
             )
+        if not self.loading_slows >= 1:
+            raise ValueError(f"loading_slows is {self.loading_slows}, but it must be at least 1")
 
 
 @dataclass(slots=True)
@@ -152,6 +157,7 @@ class _Run:
             template,
             load_bytes_per_s=config.load_bytes_per_s,
             host_start_s=config.host_start_s,
+            max_loading=config.max_loading,
         )
         expected = self.tokens.counts(0.0, 0, 512).astype(np.float64)
         # A nominal load, a tenth of one host's time: only its proportions matter, since nothing is placed yet.
@@ -184,7 +190,9 @@ class _Run:
         slowest_L = seconds_LN.argmax(axis=1)
         waited_s = float(seconds_LN[self._layers_L, slowest_L].sum())
         self.waited_rows += float(tokens_LN[self._layers_L, slowest_L].sum())
-        step_s = self.config.step_cost.seconds(num) + waited_s
+        slows = self.config.loading_slows if self.cluster.is_loading(self.now_s) else 1.0
+        waited_s *= slows
+        step_s = self.config.step_cost.seconds(num) * slows + waited_s
         self.now_s += step_s
         self.engine.end_step(self.now_s)
         self.num_steps += 1

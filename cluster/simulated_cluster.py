@@ -37,12 +37,25 @@ class Logged:
 
 
 class SimulatedCluster:
-    """Hosts like `template` may be added, and start in `host_start_s`; each host loads `load_bytes_per_s`."""
+    """Hosts like `template` may be added, and start in `host_start_s`; each host loads `load_bytes_per_s`.
 
-    def __init__(self, layout: Layout, template: Host, *, load_bytes_per_s: float, host_start_s: float) -> None:
-        if not (load_bytes_per_s > 0 and host_start_s >= 0):
+    At most `max_loading` loads are under way at a time, those that were decided first before others; None: as many as
+    there are.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        template: Host,
+        *,
+        load_bytes_per_s: float,
+        host_start_s: float,
+        max_loading: int | None = None,
+    ) -> None:
+        if not (load_bytes_per_s > 0 and host_start_s >= 0 and (max_loading is None or max_loading >= 1)):
             raise ValueError(
-                f"load_bytes_per_s is {load_bytes_per_s} and host_start_s {host_start_s}: above 0, and at least 0"
+                f"load_bytes_per_s is {load_bytes_per_s}, host_start_s {host_start_s}, max_loading {max_loading}: "
+                "above 0, at least 0, at least 1"
             )
         self.layout = layout
         self.moved_bytes = 0
@@ -54,6 +67,9 @@ class SimulatedCluster:
         self._rate, self._start_s = load_bytes_per_s, host_start_s
         self._due: list[tuple[float, int, Copy | Drop | AddHosts]] = []
         self._order = count()
+        self._max_loading = max_loading
+        self._places_s: list[float] = []
+        self._loading: list[tuple[float, float]] = []
         self._num_made = len(layout.hosts)
         self._num_coming = 0
         self._accounted_s = 0.0
@@ -67,6 +83,11 @@ class SimulatedCluster:
     def is_moving(self) -> bool:
         """Loads or drops are under way."""
         return any(not isinstance(action, AddHosts) for _, _, action in self._due)
+
+    def is_loading(self, now_s: float) -> bool:
+        """A load has begun and is not done."""
+        self._loading = [load for load in self._loading if load[1] > now_s]
+        return any(begin_s <= now_s for begin_s, _ in self._loading)
 
     @property
     def next_due_s(self) -> float:
@@ -83,13 +104,23 @@ class SimulatedCluster:
                 self.log.append(Logged(now_s, action))
             begin_s = max((done_s[place] for place in before), default=now_s)
             takes_s = self._begin(action, at_once=at_once)
-            done_s.append(begin_s + takes_s)
+            done_s.append(self._load(begin_s, takes_s) if takes_s else begin_s)
             if isinstance(action, Copy | Drop):
                 heapq.heappush(self._due, (done_s[-1], next(self._order), action))
             elif isinstance(action, AddHosts):
                 heapq.heappush(self._due, (now_s + self._start_s, next(self._order), action))
         if at_once:
             self.advance(now_s)
+
+    def _load(self, ready_s: float, takes_s: float) -> float:
+        """When a load that could begin at `ready_s` is done: it begins once there is a place for it."""
+        begin_s = ready_s
+        if self._max_loading is not None:
+            if len(self._places_s) == self._max_loading:
+                begin_s = max(begin_s, heapq.heappop(self._places_s))
+            heapq.heappush(self._places_s, begin_s + takes_s)
+        self._loading.append((begin_s, begin_s + takes_s))
+        return begin_s + takes_s
 
     def _begin(self, action: Action, *, at_once: bool) -> float:
         """Counts it, and how long it takes; who asks for hosts does not wait for them."""
@@ -135,6 +166,7 @@ class SimulatedCluster:
         self.layout = self.layout.on([host for host in self.layout.hosts if host.node_id != node_id])
         # What was under way is void: its order and its sources may have been the lost host's.
         self._due = [due for due in self._due if isinstance(due[2], AddHosts)]
+        self._places_s, self._loading = [], []
         self._num_coming += 1
         coming = AddHosts(num=1, reason=f"{node_id} is lost")
         self._due.append((now_s + self._start_s, next(self._order), coming))

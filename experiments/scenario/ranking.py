@@ -177,6 +177,8 @@ def predict(
         max_num_batched_tokens=scenario.max_num_batched_tokens,
         window_s=config.balance_interval_s,
         load_bytes_per_s=column_bytes / scenario.live.copy_s,
+        max_loading=1,
+        loading_slows=scenario.live.copy_slows,
         locality_s=min(5.0, scenario.duration_s / 10),
         closed=closed_loops(loads),
     )

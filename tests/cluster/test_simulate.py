@@ -11,7 +11,7 @@ from cluster.autoscale import Autoscaled
 from cluster.ids import NodeId
 from cluster.incremental import Incremental
 from cluster.layout import Grain, Host, Layout
-from cluster.policy import AddHosts, Copy, DrainHost, Drop, KeepHost, RemoveHost
+from cluster.policy import Action, AddHosts, Copy, DrainHost, Drop, KeepHost, Observation, RemoveHost
 from cluster.reactive import static
 from cluster.service_time import ServiceTime
 from cluster.simulate import SimulationConfig, SimulationResult, simulate
@@ -158,6 +158,52 @@ def test_a_load_does_not_wait_for_a_drop_elsewhere() -> None:
     assert cluster.layout.held_UN.tolist() == [[True, False, False], [False, True, True]]
     cluster.advance(10.0)
     assert cluster.layout.held_UN.tolist() == [[False, True, False], [False, True, True]]
+
+
+def test_a_load_slows_the_steps_that_are_made_meanwhile() -> None:
+    def copies_once(seen: Observation, state: Any) -> tuple[tuple[Action, ...], Any]:
+        if state is None:
+            return tuple(
+                Copy(unit=u, node_id=NodeId("n0"), source=None, num_bytes=100, reason="r") for u in range(4)
+            ), 0
+        return (Copy(unit=0, node_id=NodeId("n1"), source=None, num_bytes=19, reason="r"),) * (state == 0), 1
+
+    told: dict[str, Any] = {"prompt": 1, "output": 100, "step_cost": ServiceTime(0.1, 0.0), "cost": FREE}
+    told |= {"window_s": 1.0, "load_bytes_per_s": 10.0}
+    assert run(copies_once, **told).duration_s == pytest.approx(10.0)
+    # The steps that begin within 1.9 s after the first window: eight of 0.25 s instead of 0.1.
+    assert run(copies_once, loading_slows=2.5, **told).duration_s == pytest.approx(11.2)
+    with pytest.raises(ValueError, match=r"loading_slows is 0\.5"):
+        run(loading_slows=0.5)
+
+
+def test_where_hosts_share_a_machine_loads_wait_for_each_other() -> None:
+    start = layout(Grain.even(1, 3), hosts(3, 2), [(0, 0), (1, 1), (2, 2)])
+    n0, n1, n2 = (host.node_id for host in start.hosts)
+    moves = [
+        Copy(unit=0, node_id=n1, source=n0, num_bytes=100, reason="r"),
+        Copy(unit=1, node_id=n2, source=n1, num_bytes=50, reason="r"),
+        Copy(unit=2, node_id=n0, source=n2, num_bytes=50, reason="r"),
+    ]
+
+    def copies_at(max_loading: int | None, *times_s: float) -> list[int]:
+        cluster = SimulatedCluster(
+            start, start.hosts[0], load_bytes_per_s=10.0, host_start_s=30.0, max_loading=max_loading
+        )
+        cluster.do(moves, 1.0)
+        assert not cluster.is_loading(0.9)
+        found = []
+        for at_s in times_s:
+            cluster.advance(at_s)
+            assert cluster.is_loading(at_s) == cluster.is_moving
+            found.append(int(cluster.layout.copies_U.sum()))
+        return found
+
+    assert copies_at(None, 5.9, 6.0, 10.9, 11.0) == [3, 5, 5, 6]
+    assert copies_at(2, 6.0, 10.9, 11.0) == [4, 4, 6]
+    assert copies_at(1, 10.9, 11.0, 15.9, 16.0, 20.9, 21.0) == [3, 4, 4, 5, 5, 6]
+    with pytest.raises(ValueError, match="max_loading 0"):
+        copies_at(0, 1.0)
 
 
 def test_loads_take_time_serve_in_order_and_are_counted() -> None:
