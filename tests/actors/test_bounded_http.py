@@ -30,7 +30,7 @@ from tests.support.tokenizers import EOS_ID, write_byte_tokenizer
 
 KEY = "a-key-that-is-only-for-tests"
 PAUSE_S = 1.0
-BREATH_S = 2.0
+BREATH_S = 5.0
 """Long beside what holds a loop up on a busy machine."""
 
 

@@ -308,7 +308,7 @@ async def test_sequences_wait_for_an_expert_that_is_away_until_their_own_deadlin
         await actors[1].stop()
         patient = asyncio.create_task(collect(client, 1, [5, 6], 5))
         await until_state(coordinator, "ready", "waiting for expert 1 in layer 0: ")
-        deadline_unix_us = int((time.time() + 2) * 1e6)
+        deadline_unix_us = int((time.time() + 8) * 1e6)
         (failed,) = await collect(client, 2, [5, 6], 5, deadline_unix_us=deadline_unix_us)
         assert (failed.finish_reason, failed.status) == (FINISH_REASON_ERROR, STATUS_DEADLINE_EXCEEDED)
         assert "expert 1 in layer 0 is unavailable" in failed.error
