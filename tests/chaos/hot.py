@@ -15,11 +15,15 @@ from tests.support.hot_model import write_hot_model
 
 @dataclass(frozen=True)
 class OnHotNodes:
-    """Needs `tests.support.hot_cluster` with balancing off; the suite's own model is not used."""
+    """Needs `tests.support.hot_cluster` with balancing off; the suite's own model is not used.
+
+    A row takes an expert so long that steps wait for experts most of the time: with 1 ms it was half of it.
+    """
 
     expert_slots: int = 4
     interval_s: float = 4.0
     microbatches: int = 4
+    row_us: float = 3000.0
 
     @asynccontextmanager
     async def open(self, model: Path, home: Path) -> AsyncIterator["HotChaos"]:
@@ -36,7 +40,7 @@ class OnHotNodes:
             balance_interval_s=self.interval_s,
         )
         with ExitStack() as stack:
-            one = HotChaos(stack.enter_context(hot_cluster(config)), self.interval_s)
+            one = HotChaos(stack.enter_context(hot_cluster(config, self.row_us)), self.interval_s)
             await one.wait_whole()
             yield one
 

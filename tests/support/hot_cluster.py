@@ -16,7 +16,7 @@ from actors.supervision.status import ClusterStatus
 from cluster.config import ClusterConfig
 from tests.support.ray_nodes import PatientCluster
 from tests.support.served_cluster import NAMESPACE
-from tests.support.throttled import ThrottledSupervisor
+from tests.support.throttled import ROW_COSTS_US, ThrottledSupervisor
 
 TOKEN = "a-token-of-the-tests"
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
@@ -54,8 +54,8 @@ def memory_of(status: ClusterStatus) -> int:
 
 
 @contextmanager
-def hot_cluster(config: ClusterConfig) -> Iterator[HotCluster]:
-    """Starts the nodes and the cluster, and ends both."""
+def hot_cluster(config: ClusterConfig, row_us: float = ROW_COSTS_US) -> Iterator[HotCluster]:
+    """Starts the nodes and the cluster, and ends both. A row takes an expert `row_us`, asleep."""
     let_workers_find_us()
     nodes = PatientCluster(
         initialize_head=True,
@@ -64,14 +64,14 @@ def hot_cluster(config: ClusterConfig) -> Iterator[HotCluster]:
     for _ in range(2):
         nodes.add_node(num_cpus=CPUS, object_store_memory=OBJECT_STORE_BYTES)
     try:
-        with throttled(str(nodes.address), config) as cluster:
+        with throttled(str(nodes.address), config, row_us) as cluster:
             yield cluster
     finally:
         nodes.shutdown()
 
 
 @contextmanager
-def throttled(address: str, config: ClusterConfig) -> Iterator[HotCluster]:
+def throttled(address: str, config: ClusterConfig, row_us: float = ROW_COSTS_US) -> Iterator[HotCluster]:
     """Starts the cluster on a Ray that is there, and ends it."""
     ray_runtime.connect(address, NAMESPACE)
     try:
@@ -79,7 +79,7 @@ def throttled(address: str, config: ClusterConfig) -> Iterator[HotCluster]:
             ThrottledSupervisor,
             name=SUPERVISOR_NAME,
             namespace=NAMESPACE,
-            kwargs={"config": config},
+            kwargs={"config": config, "row_us": row_us},
             env=process_env(threads=1),
             on_head=True,
         )

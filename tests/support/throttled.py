@@ -16,7 +16,10 @@ ROW_COSTS_US = 1000.0
 
 
 class ThrottlingRuntime:
-    """Ray, but for the class of the experts."""
+    """Ray, but for the class of the experts, which take `row_us` more for each row."""
+
+    def __init__(self, row_us: float) -> None:
+        self._row_us = row_us
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ray_runtime, name)
@@ -25,12 +28,12 @@ class ThrottlingRuntime:
         """See `actors.ray_runtime.spawn`."""
         if actor_class is not ExpertProcess:
             return ray_runtime.spawn(actor_class, **options)
-        env = {**options["env"], ROW_US: str(ROW_COSTS_US)}
+        env = {**options["env"], ROW_US: str(self._row_us)}
         return ray_runtime.spawn(SlowProcess, **{**options, "env": env})
 
 
 class ThrottledSupervisor(Supervisor):
     """The real supervisor over that runtime; it is spawned by its real name, so that every command finds it."""
 
-    def __init__(self, *, config: ClusterConfig) -> None:
-        super().__init__(config=config, runtime=ThrottlingRuntime())
+    def __init__(self, *, config: ClusterConfig, row_us: float = ROW_COSTS_US) -> None:
+        super().__init__(config=config, runtime=ThrottlingRuntime(row_us))
