@@ -8,6 +8,7 @@ import ast
 import asyncio
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,10 @@ for _name in [
 
 if os.environ.get("OCTAVO_EXAMPLES") != "random":
     settings.load_profile("ci")  # the same examples everywhere: what fails here fails again, and on any machine
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it for what it starts in the background: processes of the tests would not hear of Ctrl-C either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _call_soon_threadsafe = asyncio.BaseEventLoop.call_soon_threadsafe
 

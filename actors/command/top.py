@@ -124,8 +124,14 @@ def watch(begin: Callable[[Callable[[float], object]], Snapshots], console: Cons
     reading = threading.Thread(target=read, name="snapshots", daemon=True)
     reading.start()
     try:
-        with _keys() as keys, _signals(news_out), Live(console=console, screen=True, auto_refresh=False) as live:
+        with (
+            _keys() as keys,
+            _signals(news_out) as told,
+            Live(console=console, screen=True, auto_refresh=False) as live,
+        ):
             while True:
+                if told:
+                    _obey(told[0])
                 live.update(seen.draw(console), refresh=True)
                 ready, _, _ = select.select([news_in, *keys], [], [], REDRAW_S)
                 if news_in in ready:
@@ -166,17 +172,33 @@ def _keys() -> Iterator[list[int]]:
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
+def _obey(number: int) -> None:
+    """Raises what ends the drawing, so that the terminal is left as it was."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 @contextlib.contextmanager
-def _signals(pipe: int) -> Iterator[None]:
-    """Wakes the drawing when the terminal's size changes; who is told to end leaves the terminal as it was."""
+def _signals(pipe: int) -> Iterator[list[int]]:
+    """Wakes the drawing when the terminal's size changes and when it is told to end; yields by which signals it was.
+
+    SIGINT too, which who was started in the background has ignored. The first is not raised where it is heard: what is
+    raised while an object is being deleted is lost. A second one is, for a terminal that takes no more output.
+    """
+    told: list[int] = []
 
     def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
+        told.append(number)
+        _ring(pipe)
+        if len(told) > 1:
+            _obey(number)
 
-    handlers: dict[int, Any] = {signal.SIGWINCH: lambda *_: _ring(pipe), signal.SIGTERM: end, signal.SIGHUP: end}
+    handlers: dict[int, Any] = {signal.SIGWINCH: lambda *_: _ring(pipe)}
+    handlers |= dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), end)
     before: dict[int, Any] = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

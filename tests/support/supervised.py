@@ -21,7 +21,8 @@ from protos.coordinator_pb2 import FINISH_REASON_LENGTH
 from tests.support.served import submit
 
 TOKEN = "a-token-of-the-tests"
-NODES = tuple(replace(ONE_NODE, node_id=f"node-{n}", address=f"127.0.0.{n + 1}") for n in range(3))
+NODES = tuple(replace(ONE_NODE, node_id=f"node-{n}", address=f"127.0.0.{n + 1}", num_cpus=1.0) for n in range(3))
+"""Their experts wait for each other, as by what they say of their CPUs."""
 PROMPTS = ([1, 30, 40], [1, 7], [1, 99, 250, 3, 4])
 Holds = Callable[[ClusterStatus], bool]
 
