@@ -8,10 +8,10 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -120,7 +120,7 @@ def _with_cluster(
             texts = TextSource(model, seed, status.coordinators[0].max_model_len)
             try:
                 await client.connect()
-                return await play(LiveCluster(client, texts, lambda: asyncio.to_thread(supervisor.status)))
+                return await play(LiveCluster(client, texts, supervisor))
             finally:
                 await client.close()
 
@@ -129,26 +129,47 @@ def _with_cluster(
         supervisor.retire()
 
 
+class Supervising(Protocol):
+    """What is asked of a supervisor here; see `actors.supervision.client.SupervisorClient`."""
+
+    def status(self) -> ClusterStatus: ...
+
+    def replicate(self, expert: int, first: int | None, last: int | None, node: str | None) -> dict[str, Any]: ...
+
+    def drain_replica(self, replica_id: str) -> dict[str, Any]: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class LiveCluster:
-    """A running cluster: a client of its coordinator, prompts for it, and its status."""
+    """A running cluster: a client of its coordinator, prompts for it, and who supervises it."""
 
     client: CoordinatorClient
     texts: TextSource
-    status: Callable[[], Awaitable[ClusterStatus]]
+    supervisor: Supervising
+
+    async def status(self) -> ClusterStatus:
+        """Every replica and coordinator, as of now."""
+        return await asyncio.to_thread(self.supervisor.status)
+
+    async def copy(self, expert: int) -> str:
+        """Begins one more replica of the expert and returns its id. Raises MoveRefused."""
+        made = await asyncio.to_thread(self.supervisor.replicate, expert, None, None, None)
+        return str(made["replica_id"])
+
+    async def drain(self, replica_id: str) -> None:
+        """Begins to end that replica. Raises MoveRefused."""
+        await asyncio.to_thread(self.supervisor.drain_replica, replica_id)
 
     async def run(self, scenario: Scenario, loads: list[PhaseLoad]) -> SimulationResult:
         """The phases, once."""
-        return await LiveRun(self.client, self.texts, self.status).run(scenario, loads)
+        return await LiveRun(self).run(scenario, loads)
 
 
 class LiveRun:
     """The phases on one coordinator, with a sampler and the faults beside them."""
 
-    def __init__(
-        self, client: CoordinatorClient, texts: TextSource, status: Callable[[], Awaitable[ClusterStatus]]
-    ) -> None:
-        self._client, self._texts, self._status = client, texts, status
+    def __init__(self, cluster: LiveCluster) -> None:
+        self._client, self._texts, self._status = cluster.client, cluster.texts, cluster.status
         self._answers: list[Answer] = []
         self._num_failed = self._num_sent = 0
         self._origin_s = 0.0
@@ -166,15 +187,32 @@ class LiveRun:
                 await beside.enter_async_context(_beside(strike(fault, self._status, self._origin_s)))
             tasks: set[asyncio.Task[None]] = set()
             for load in loads:
-                await (self._closed(load, tasks) if load.phase.concurrency else self._open(load, tasks))
+                await self._send(load, tasks)
             if tasks:
                 await asyncio.wait(tasks, timeout=END_TIMEOUT_S)
             for task in tasks:
                 task.cancel()
         return self._result()
 
+    @asynccontextmanager
+    async def sending(self, load: PhaseLoad) -> AsyncIterator[None]:
+        """Sends that phase's requests beside the block, and ends at the block's end what is still unanswered."""
+        self._origin_s = time.monotonic() - load.begin_s
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            async with _beside(self._send(load, tasks)):
+                yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     def _now_s(self) -> float:
         return time.monotonic() - self._origin_s
+
+    async def _send(self, load: PhaseLoad, tasks: set[asyncio.Task[None]]) -> None:
+        """Adds a task for each client or request, until the phase has ended."""
+        await (self._closed(load, tasks) if load.phase.concurrency else self._open(load, tasks))
 
     async def _until(self, at_s: float) -> None:
         await asyncio.sleep(max(at_s - self._now_s(), 0.0))

@@ -99,15 +99,12 @@ class Live:
 
     `nodes` Ray nodes are made of this machine: copies of an expert are on different ones. With `row_us` every row of an
     expert takes so much longer, asleep, and the experts of a node wait for each other: so experts can be the bottleneck
-    and nodes can be hosts where there are few cores. For predictions: `copy_s` is how long a copy takes to come, one
-    after another on this one machine; meanwhile steps take `copy_slows` times as long (`experiments.copy_cost`).
+    and nodes can be hosts where there are few cores.
     """
 
     calibrate: int = limited(1, 1, MAX_ITEMS)
     nodes: int = limited(1, 1, 16)
     row_us: float = limited(0.0, 0.0, 1e6)
-    copy_s: float = limited(5.0, 0.01, 1e4)
-    copy_slows: float = limited(1.0, 1.0, 100.0)
     config: Mapping[str, Any] = field(default_factory=dict)
 
 

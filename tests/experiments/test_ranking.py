@@ -1,6 +1,7 @@
 """Policies in both worlds: what a live run tells is found again, and the simulation begins where it began."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from actors.supervision.status import ClusterStatus, LoadStatus, ReplicaStatus
 from cluster.simulate import SimulationResult, Timeline
 from experiments.scenario import ranking
 from experiments.scenario.calibration import drawing_weights
+from experiments.scenario.copying import CopyCost
 from experiments.scenario.live import live_config
+from experiments.scenario.prediction import Recorded, learn, predict
 from experiments.scenario.schema import Scenario, ScenarioError, read_scenario
 from experiments.scenario.slow_process import slow_down
 from experiments.simulation.synthetic_routing import RoutingModel, route
@@ -27,11 +30,14 @@ LAYERS, EXPERTS, TOP_K = 2, 4, 2
 CALL_S, ROW_S, STEP_S, STEP_TOKEN_S = 0.002, 0.0005, 0.004, 0.0001
 PLACES = {0: "a", 1: "a", 2: "b", 3: "c"}
 BUSIEST_CALLS, BUSIEST_SHARE = 2, 0.7
+COPY_SLOWS = 1.5
+BUSY = 0.9
 SHARES = np.array([0.45, 0.25, 0.15, 0.15])
+OPEN = {"concurrency: 2,": "rate: 1,", "concurrency: 16,": "rate: 8,"}
 TEXT = """
 max_num_seqs: 16
 max_num_batched_tokens: 64
-live: {calibrate: 1, copy_s: 2, config: {expert_slots: 3, balance_interval_s: 2.0}}
+live: {calibrate: 1, config: {expert_slots: 3, balance_interval_s: 2.0}}
 phases:
   - {duration_s: 10, concurrency: 2, prompt_tokens: 8, output_tokens: 16}
   - {duration_s: 30, concurrency: 16, prompt_tokens: 8, output_tokens: 16}
@@ -72,17 +78,23 @@ def test_experts_are_drawn_as_often_as_they_were_seen(seed: int, evenness: float
     assert shares(drawing_weights(seen_1E, TOP_K)) == pytest.approx(seen_1E, abs=0.012)
 
 
-def snapshot(steps: int, tokens: float) -> SnapshotReply:
-    """After so many steps of `tokens` tokens each, on hosts as in PLACES."""
-    rows_E = SHARES * tokens * TOP_K
-    by_host = {host: sum(rows_E[e] for e, at in PLACES.items() if at == host) for host in "abc"}
-    wait_s = LAYERS * (CALL_S * BUSIEST_CALLS + ROW_S * max(by_host.values()))
-    load = [LayerLoad(tokens=[round(row * steps) for row in rows_E])] * LAYERS
+def wait_s(tokens: float) -> float:
+    """What a step of so many tokens waits for experts on hosts as in PLACES."""
+    return LAYERS * (CALL_S * BUSIEST_CALLS + ROW_S * BUSIEST_SHARE * tokens * TOP_K)
+
+
+def step_s(tokens: float) -> float:
+    return STEP_S + STEP_TOKEN_S * tokens + wait_s(tokens)
+
+
+def snapshot(seconds: float, tokens: float) -> SnapshotReply:
+    """After so many seconds of steps of `tokens` tokens each; between steps passes a tenth of them."""
+    steps = round(BUSY * seconds / step_s(tokens))
     return SnapshotReply(
         steps_total=steps,
-        step_s_total=steps * (STEP_S + STEP_TOKEN_S * tokens + wait_s),
-        expert_wait_s_total=steps * wait_s,
-        load=load,
+        step_s_total=steps * step_s(tokens),
+        expert_wait_s_total=steps * wait_s(tokens),
+        load=[LayerLoad(tokens=[round(row * steps) for row in SHARES * tokens * TOP_K])] * LAYERS,
     )
 
 
@@ -118,10 +130,10 @@ def status() -> ClusterStatus:
     )
 
 
-def recorded(tokens_per_s: float, copies: int = EXPERTS) -> ranking.Recorded:
+def recorded(tokens_per_s: float, copies: int = EXPERTS) -> Recorded:
     """Ten seconds at two tokens a step, thirty at sixteen; the result says `tokens_per_s` in the second phase."""
-    early = snapshot(100, 2)
-    late = plus(early, snapshot(300, 16))
+    early = snapshot(10, 2)
+    late = plus(early, snapshot(30, 16))
     line = Timeline(
         at_s=[10.0, 20.0, 30.0, 40.0],
         hosts=[copies] * 4,
@@ -148,34 +160,61 @@ def recorded(tokens_per_s: float, copies: int = EXPERTS) -> ranking.Recorded:
         timeline=line,
         log=(),
     )
-    return ranking.Recorded(result, ((0.0, SnapshotReply()), (10.0, early), (40.0, late)), status())
+    snapshots = ((0.0, SnapshotReply()), (10.0, early), (40.0, late))
+    return Recorded(result, snapshots, status(), CopyCost(seconds=2.0, slows=COPY_SLOWS))
 
 
-def test_what_a_run_tells_is_found_again() -> None:
-    known = ranking.learn(recorded(1.0), TOP_K)
-    found = [known.step_cost.a_s, known.step_cost.b_s, known.cost.a_s, known.cost.b_s]
-    assert found == pytest.approx([STEP_S, STEP_TOKEN_S, CALL_S, ROW_S], rel=0.02)
+def test_what_a_run_tells_is_found_again(tmp_path: Path, model: Path) -> None:
+    asked = scenario(tmp_path, opened(TEXT))
+    static, run = live_config(asked, model, "static"), recorded(1.0)
+    known = learn(asked, static, run, TOP_K)
+    assert [known.step_cost.a_s, known.step_cost.b_s] == pytest.approx([STEP_S, STEP_TOKEN_S], rel=0.02)
+    assert known.cost.a_s == pytest.approx(CALL_S, rel=0.05)
+    assert 0.7 * ROW_S < known.cost.b_s < ROW_S, "single steps' busiest hosts have more rows than the mean step's"
     assert dict(known.places) == PLACES
     assert known.weights_WLE.shape == (2, LAYERS, EXPERTS)
-    empty = ranking.Recorded(recorded(1.0).result, ((0.0, SnapshotReply()), (1.0, SnapshotReply())), status())
+    empty = Recorded(run.result, ((0.0, SnapshotReply()), (1.0, SnapshotReply())), status(), run.copy)
     with pytest.raises(ValueError, match="nothing was served"):
-        ranking.learn(empty, TOP_K)
+        learn(asked, static, empty, TOP_K)
 
 
-def test_static_is_predicted_as_the_constants_say_and_copies_help(tmp_path: Path, model: Path) -> None:
+def test_between_steps_the_coordinator_is_at_work_where_clients_wait_for_answers(tmp_path: Path, model: Path) -> None:
+    run = recorded(1.0)
+    closed, opened_too = (
+        learn(asked, live_config(asked, model, "static"), run, TOP_K).step_cost
+        for asked in (scenario(tmp_path), scenario(tmp_path, opened(TEXT)))
+    )
+    for tokens in (2, 16):
+        assert closed.seconds(tokens) - opened_too.seconds(tokens) == pytest.approx(
+            step_s(tokens) * (1 / BUSY - 1), rel=0.05
+        )
+
+
+def opened(text: str) -> str:
+    for closed, rate in OPEN.items():
+        text = text.replace(closed, rate)
+    return text
+
+
+def test_the_run_that_told_the_constants_is_predicted_as_it_was(tmp_path: Path, model: Path) -> None:
     asked, run = scenario(tmp_path), recorded(1.0)
-    known = ranking.learn(run, TOP_K)
-    found = {
-        policy: ranking.predict(asked, live_config(asked, model, policy), known, run.first, TOP_K)
-        for policy in asked.policies
-    }
-    static = found["static"].timeline
-    busiest_rows = BUSIEST_SHARE * 16 * TOP_K
-    step_s = STEP_S + STEP_TOKEN_S * 16 + LAYERS * (CALL_S * BUSIEST_CALLS + ROW_S * busiest_rows)
-    assert static.tokens[-2] / TOP_K / 2.0 == pytest.approx(16 / step_s, rel=0.2), "prompts make some steps larger"
-    assert set(static.copies) == {EXPERTS}, "it begins as it was found, and stays"
-    assert found["incremental"].timeline.copies[-1] > EXPERTS
-    assert found["incremental"].num_tokens > 1.1 * found["static"].num_tokens
+    static = live_config(asked, model, "static")
+    found = predict(asked, static, learn(asked, static, run, TOP_K), run.first, TOP_K).timeline
+    assert found.tokens[-2] / TOP_K / 2.0 == pytest.approx(BUSY * 16 / step_s(16), rel=0.2), "prompts: larger steps"
+    assert set(found.copies) == {EXPERTS}, "it begins as it was found, and stays"
+
+
+def test_copies_help_once_they_are_there_and_slow_steps_until_then(tmp_path: Path, model: Path) -> None:
+    asked, run = scenario(tmp_path), recorded(1.0)
+    static, moving = (live_config(asked, model, policy) for policy in asked.policies)
+    known = learn(asked, static, run, TOP_K)
+    still = predict(asked, static, known, run.first, TOP_K)
+    free, dear = (
+        predict(asked, moving, replace(known, copy=CopyCost(2.0, slows)), run.first, TOP_K) for slows in (1.0, 4.0)
+    )
+    assert free.timeline.copies[-1] > EXPERTS
+    assert free.num_tokens > 1.1 * still.num_tokens
+    assert dear.num_tokens < free.num_tokens
 
 
 def test_orders_are_compared_and_only_clear_ones_can_disagree(tmp_path: Path, model: Path) -> None:
@@ -183,8 +222,13 @@ def test_orders_are_compared_and_only_clear_ones_can_disagree(tmp_path: Path, mo
     runs = {"static": recorded(700.0), "incremental": recorded(900.0, copies=5)}
     ranked = ranking.compare(asked, model, runs)
     constants, *policies, order = ranked.lines
-    assert constants["token_us"] == pytest.approx(ROW_S * 1e6, rel=0.02)
+    assert (constants["copy_s"], constants["copy_slows"]) == (2.0, COPY_SLOWS)
     for line in policies:
+        assert line["windows"]["live"][1] == [
+            20.0,
+            pytest.approx(line["live"]["tokens_per_s"], abs=1),
+            line["live"]["copy_seconds_per_s"],
+        ]
         for name, error in line["error"].items():
             assert error == pytest.approx(line["simulated"][name] / line["live"][name] - 1)
     assert policies[0]["live"] == {"tokens_per_s": 700.0, "copy_seconds_per_s": EXPERTS}

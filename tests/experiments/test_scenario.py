@@ -17,14 +17,14 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.command.added_commands import CommandError
-from actors.supervision.status import ClusterStatus, LoadStatus, ReplicaStatus
+from actors.supervision.status import ClusterStatus
 from cluster.config import ClusterConfig
 from cluster.service_time import ServiceTime
 from cluster.simulate import SimulationResult
 from experiments import experiment_cli
 from experiments.scenario.calibration import Calibration, Measured, calibrate, measured
 from experiments.scenario.fidelity import check, compare, predict, refined
-from experiments.scenario.live import LiveCluster, LiveRun, live_config
+from experiments.scenario.live import LiveCluster, live_config
 from experiments.scenario.load import PhaseLoad, phase_loads, trace_of
 from experiments.scenario.schema import Fault, Scenario, ScenarioError, read_scenario
 from experiments.scenario.signals import first_replica, slowed, strike
@@ -32,6 +32,7 @@ from experiments.scenario.simulated import policy_of, run_simulated
 from experiments.scenario.texts import TextSource
 from protos.coordinator_pb2 import LayerLoad, SnapshotReply
 from tests.support.checkpoints import write_mixtral
+from tests.support.still_supervisor import StillSupervisor, status_of
 from tests.support.tiny_cluster import tiny_cluster
 from tests.support.tokenizers import write_byte_tokenizer
 
@@ -190,21 +191,6 @@ def test_a_live_cluster_gets_balancing_fields_only_when_a_policy_needs_them(tmp_
             live_config(scenario(tmp_path, SMALL + f"live: {{config: {{{name}: 2}}}}"), tmp_path, "static")
 
 
-def status_of(*replicas: tuple[str, list[int], int, str]) -> ClusterStatus:
-    return ClusterStatus(
-        state="ready",
-        model="m",
-        model_path="m",
-        map_epoch=1,
-        system_fingerprint="",
-        uptime_s=0.0,
-        coordinators=[],
-        replicas=[ReplicaStatus(replica_id=i, expert_ids=e, pid=p, state=s) for i, e, p, s in replicas],
-        load=LoadStatus(tokens_per_expert=[], window_tokens_per_expert=[], balancedness_per_layer=[], balancedness=1.0),
-        events=[],
-    )
-
-
 def test_faults_reach_the_first_ready_replica_of_the_expert() -> None:
     status = status_of(("b", [1], 12, "ready"), ("a", [1], 11, "loading"), ("c", [0, 1], 13, "ready"))
     assert first_replica(status, 1) == 12
@@ -335,11 +321,7 @@ def test_the_worlds_are_compared_on_a_real_coordinator(tmp_path: Path) -> None:
 
     async def play() -> Any:
         async with tiny_cluster(model) as cluster:
-
-            async def status() -> ClusterStatus:
-                return status_of(*((f"e{e}", [e], os.getpid(), "ready") for e in range(4)))
-
-            live = LiveCluster(cluster.client, TextSource(model, 0, 512), status)
+            live = LiveCluster(cluster.client, TextSource(model, 0, 512), StillSupervisor())
             return await compare(live, asked, top_k=2, replicas=1)
 
     constants, comparisons = asyncio.run(play())
@@ -366,12 +348,8 @@ def test_phases_on_a_real_coordinator(tmp_path: Path) -> None:
 
     async def play() -> Any:
         async with tiny_cluster(model) as cluster:
-
-            async def status() -> ClusterStatus:
-                return status_of(*((f"e{e}", [e], os.getpid(), "ready") for e in range(4)))
-
-            texts = TextSource(model, 0, 512)
-            return await LiveRun(cluster.client, texts, status).run(asked, phase_loads(asked, 0))
+            live = LiveCluster(cluster.client, TextSource(model, 0, 512), StillSupervisor())
+            return await live.run(asked, phase_loads(asked, 0))
 
     result = asyncio.run(play())
     assert result.num_unfinished == 0
