@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ray
 from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private.utils import get_ray_address_file, read_ray_address
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -198,6 +200,12 @@ def session_dir() -> str:
 def address() -> str:
     """The address with which another process can `connect` to this cluster."""
     return str(ray.get_runtime_context().gcs_address)
+
+
+def forget(ended: str) -> None:
+    """`ray start` writes an address down for whoever looks for a Ray on this machine: that of one that ended goes."""
+    if read_ray_address() == ended:
+        Path(get_ray_address_file(None)).unlink(missing_ok=True)
 
 
 def own_node_id() -> str:

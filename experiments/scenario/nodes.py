@@ -40,6 +40,7 @@ def more_nodes(num: int) -> Iterator[None]:
             yield
         finally:
             _end(started)
+            ray_runtime.forget(address)
 
 
 class NodeProcess:

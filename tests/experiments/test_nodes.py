@@ -4,10 +4,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
+from ray._private.utils import read_ray_address, write_ray_address
 
+from actors import ray_runtime
 from actors.ray_runtime import RuntimeFailure
 from experiments.scenario.nodes import MAX_STARTS, NodeProcess
 
@@ -60,3 +63,16 @@ def test_its_last_words_are_the_error(log: IO[bytes]) -> None:
     with pytest.raises(RuntimeFailure, match=f"ended with 3 {MAX_STARTS} times, at last with 'no luck {MAX_STARTS}'"):
         one.look()
     assert node.starts == MAX_STARTS
+
+
+def test_the_address_that_ray_wrote_down_is_forgotten_unless_it_is_another_rays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    ray_runtime.forget("10.0.0.1:6379")
+    (tmp_path / "ray").mkdir()
+    write_ray_address("10.0.0.1:6379")
+    ray_runtime.forget("10.0.0.2:6379")
+    assert read_ray_address() == "10.0.0.1:6379"
+    ray_runtime.forget("10.0.0.1:6379")
+    assert read_ray_address() is None

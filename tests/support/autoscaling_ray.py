@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._private.services import get_node_ip_address
-from ray._private.utils import get_ray_address_file, read_ray_address
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FAKE_HEAD_NODE_TYPE,
     FakeMultiNodeProvider,
 )
 
+from actors import ray_runtime
 from tests.support.served_cluster import WITH_PARENT, free_port
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
@@ -70,8 +70,7 @@ class AutoscalingRay:
     def close(self) -> None:
         """Ends the head, the autoscaler and every node that it made."""
         self._end_processes()
-        if read_ray_address() == self.address:  # or whoever looks for a Ray on this machine waits for this one
-            Path(get_ray_address_file(None)).unlink()
+        ray_runtime.forget(self.address)  # or whoever looks for a Ray on this machine waits for this one
         self._home.cleanup()
 
     def _end_processes(self) -> None:
