@@ -114,7 +114,7 @@ class ActorRef:
             ray.kill(self._handle, no_restart=True)
 
 
-def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
+def start_local(namespace: str, *, num_cpus: int | None = None, num_gpus: int | None = None) -> None:
     """Starts a Ray of this process's own; it ends with the process. Raises RuntimeFailure.
 
     Ray's own ports listen on every interface and cannot be told otherwise; what keeps strangers out is its token,
@@ -129,6 +129,7 @@ def start_local(namespace: str, *, num_gpus: int | None = None) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                num_cpus=num_cpus,
                 num_gpus=num_gpus,
                 object_store_memory=128 * 1024 * 1024,
             )

@@ -119,7 +119,7 @@ def _own_ray(scenario: Scenario) -> Iterator[None]:
     from experiments.scenario.live import join_ray
     from experiments.scenario.nodes import more_nodes
 
-    join_ray()
+    join_ray(scenario.live.nodes)
     try:
         with more_nodes(scenario.live.nodes - 1):
             yield

@@ -330,6 +330,6 @@ def _submit(request_id: int, prompt: list[int], num_tokens: int) -> Submit:
     )
 
 
-def join_ray() -> None:
-    """A Ray of our own, which ends with this process."""
-    ray_runtime.start_local(NAMESPACE)
+def join_ray(num_nodes: int) -> None:
+    """A Ray of our own, which ends with this process. Of several nodes each is one device, the first too."""
+    ray_runtime.start_local(NAMESPACE, num_cpus=1 if num_nodes > 1 else None)
