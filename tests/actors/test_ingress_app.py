@@ -719,7 +719,9 @@ bodies = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(bodies)
 def test_no_body_is_answered_with_500(model_dir: Path, body: dict[str, Any]) -> None:
     front = make_front(model_dir, speaker(model_dir, "some text to say"))

@@ -75,7 +75,9 @@ def test_shards_and_index_are_named_as_hugging_face_names_them(tmp_path: Path) -
         assert list(shard.keys()) == ["tensor.0", "tensor.1"]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(
     st.lists(
         st.tuples(

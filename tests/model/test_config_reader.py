@@ -331,7 +331,9 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(st.data())
 def test_no_value_of_any_field_raises_anything_else(tmp_path: Path, data: st.DataObject) -> None:
     base, name = data.draw(st.sampled_from([(MIXTRAL, "config.json"), (PARAMS, "params.json")]))

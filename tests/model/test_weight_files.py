@@ -147,7 +147,9 @@ def test_an_index_without_a_map(sharded: Path, weight_map: object) -> None:
         open_weights(sharded)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: json.dumps({"weight_map": {"a": text}}).encode()))
 def test_no_index_raises_anything_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / index_name()).write_bytes(content)
