@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.supervision.status import ClusterStatus
 from experiments.scenario.calibration import Measured, measured
-from experiments.scenario.live import LiveCluster, LiveRun
+from experiments.scenario.live_run import LiveCluster, LiveRun
 from experiments.scenario.load import PhaseLoad, phase_loads
 from experiments.scenario.schema import Scenario
 from protos.coordinator_pb2 import SnapshotReply

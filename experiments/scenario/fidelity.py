@@ -19,7 +19,8 @@ from cluster.reactive import static
 from cluster.routing_trace import RoutingTrace
 from cluster.simulate import SimulationConfig, SimulationResult, simulate
 from experiments.scenario.calibration import Calibration, Measured, calibrate, drawing_weights, measured
-from experiments.scenario.live import LiveCluster, live_config, with_cluster
+from experiments.scenario.live import live_config, with_cluster
+from experiments.scenario.live_run import LiveCluster
 from experiments.scenario.load import PhaseLoad, closed_loops, phase_loads
 from experiments.scenario.schema import Phase, Scenario, ScenarioError
 from experiments.simulation.report import summary

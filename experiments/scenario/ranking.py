@@ -13,7 +13,8 @@ from rich.console import Console
 
 from cluster.simulate import SimulationResult
 from experiments.scenario.copying import copy_cost
-from experiments.scenario.live import LiveCluster, LiveRun, live_config, with_cluster
+from experiments.scenario.live import live_config, with_cluster
+from experiments.scenario.live_run import LiveCluster, LiveRun
 from experiments.scenario.load import phase_loads
 from experiments.scenario.prediction import Recorded, learn, predict
 from experiments.scenario.schema import Scenario, ScenarioError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.desired_set import MoveRefused
 from experiments.scenario.copying import NUM_COPIES, CopyCost, copy_cost
-from experiments.scenario.live import LiveCluster
+from experiments.scenario.live_run import LiveCluster
 from experiments.scenario.schema import read_scenario
 from experiments.scenario.texts import TextSource
 from model.experts import ExpertColumn

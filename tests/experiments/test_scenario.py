@@ -24,7 +24,8 @@ from cluster.simulate import SimulationResult
 from experiments import experiment_cli
 from experiments.scenario.calibration import Calibration, Measured, calibrate, measured
 from experiments.scenario.fidelity import check, compare, predict, refined
-from experiments.scenario.live import LiveCluster, live_config
+from experiments.scenario.live import live_config
+from experiments.scenario.live_run import LiveCluster
 from experiments.scenario.load import PhaseLoad, phase_loads, trace_of
 from experiments.scenario.schema import Fault, Scenario, ScenarioError, read_scenario
 from experiments.scenario.signals import first_replica, slowed, strike
