@@ -52,7 +52,6 @@ class _Stretches:
     """Stretches of a run, each from where the one before ended."""
 
     cluster: LiveCluster
-    is_closed: bool
     at_s: float
     before: SnapshotReply
     calm: _Totals = field(default_factory=_Totals)
@@ -63,22 +62,20 @@ class _Stretches:
         now, at_s = await self.cluster.client.snapshot(), time.monotonic()
         passed_s = at_s - self.at_s
         if totals is not None:
-            totals.add(measured(self.before, now, passed_s if self.is_closed else 0.0))
+            totals.add(measured(self.before, now, passed_s))
         self.at_s, self.before = at_s, now
         return passed_s
 
 
 async def copy_cost(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CALM_S) -> CopyCost:
-    """Measured under the load of the scenario's last phase. Raises MoveRefused where there is no room for a copy,
+    """Measured under a load like the scenario's last phase. Raises MoveRefused where there is no room for a copy,
     TimeoutError where one does not come, ValueError where nothing was served meanwhile.
     """
     load = lasting(scenario)
     took_s = []
     async with asyncio.timeout(MOST_S), LiveRun(cluster).sending(load):
         await asyncio.sleep(calm_s)
-        stretches = _Stretches(
-            cluster, load.phase.concurrency is not None, time.monotonic(), await cluster.client.snapshot()
-        )
+        stretches = _Stretches(cluster, time.monotonic(), await cluster.client.snapshot())
         for number in range(NUM_COPIES):
             await asyncio.sleep(calm_s)
             await stretches.end(stretches.calm)
@@ -96,8 +93,14 @@ async def copy_cost(cluster: LiveCluster, scenario: Scenario, *, calm_s: float =
 
 
 def lasting(scenario: Scenario) -> PhaseLoad:
-    """The last phase's requests, for as long as measuring may take."""
-    (load,) = phase_loads(replace(scenario, phases=(replace(scenario.phases[-1], duration_s=MOST_S),)), 0)
+    """The last phase's requests for as long as measuring may take, always of clients that wait for their answers.
+
+    Otherwise slower steps would have more tokens each, which does not make a token slower.
+    """
+    last = scenario.phases[-1]
+    num_clients = last.concurrency or max(scenario.max_num_seqs // 2, 1)
+    phase = replace(last, duration_s=MOST_S, concurrency=num_clients, rate=None, rate_to=None)
+    (load,) = phase_loads(replace(scenario, phases=(phase,)), 0)
     return load
 
 

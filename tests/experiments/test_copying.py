@@ -19,7 +19,7 @@ from tests.support.tiny_cluster import tiny_cluster
 from tests.support.tokenizers import write_byte_tokenizer
 
 COPY_S = 1.0
-SLOW_S = 0.02
+SLOW_S = 0.1
 
 
 def cost_of(tmp_path: Path, supervisor: StillSupervisor, load: str) -> CopyCost:
