@@ -123,13 +123,13 @@ def _figures(result: SimulationResult, since_s: float, until_s: float, rows_per_
 
 
 def _rates(result: SimulationResult, rows_per_token: int = 1) -> list[list[float]]:
-    """End of each window, tokens a second in it, and copies at its end."""
+    """End of each window, tokens a second in it, copies and all bytes moved by its end."""
     line = result.timeline
     began = [0.0, *line.at_s]
-    rows = zip(began, line.at_s, line.tokens, line.copies, strict=False)
+    rows = zip(began, line.at_s, line.tokens, line.copies, line.moved_bytes, strict=False)
     return [
-        [round(at_s, 2), round(num / rows_per_token / max(at_s - began_s, 1e-9), 2), copies]
-        for began_s, at_s, num, copies in rows
+        [round(at_s, 2), round(num / rows_per_token / max(at_s - began_s, 1e-9), 2), copies, moved]
+        for began_s, at_s, num, copies, moved in rows
     ]
 
 
