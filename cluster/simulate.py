@@ -6,14 +6,14 @@ step as one (their batches are one batch), microbatches do not overlap, loads sl
 no KV memory. Deterministic; reads no clock.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from cluster.assignment import Assigner, host_seconds
 from cluster.ids import NodeId
-from cluster.layout import FloatArray, Grain, Host, IntArray, Layout, speeds
+from cluster.layout import FloatArray, Grain, Host, IntArray, Layout
 from cluster.load import balancedness
 from cluster.policy import Observation, Policy
 from cluster.routing_trace import RoutingTrace
@@ -21,6 +21,7 @@ from cluster.selector import SelectorPolicy
 from cluster.service_time import ServiceTime, busy_seconds
 from cluster.simulated_cluster import Logged, SimulatedCluster, SimulatedFault
 from cluster.simulated_engine import ClosedLoop, SimulatedEngine
+from cluster.simulated_servers import Servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,13 @@ class SimulationConfig:
     """The machines and the rules. Times in seconds.
 
     `cost` is of one call on a host of speed 1, `step_cost` of the coordinator (a for a step, b for each of its tokens).
-    `split`: batches past the ridge are split among copies. `window_s`: how often the policy is asked, on the work
-    since it was asked last. `locality_s`: a step's routing is the trace's from at most so much later. After `max_steps`
-    the simulation stops, whatever is left undone. Requests of `closed` loops come when they are sent, not when the
-    trace says. Of `faults` a policy learns what it sees: slow hosts by their work, lost ones by the layout. While a
-    unit is nobody's, nothing is served. Where hosts share a machine, as few loads are under way at a time as
-    `max_loading` says, and meanwhile steps take `loading_slows` times as long.
+    `split`: batches past the ridge are split among copies. `apart`: experts on a host are processes of their own
+    (`simulated_servers`). `window_s`: how often the policy is asked, on the work of up to `num_windows`. `locality_s`:
+    a step's routing is the trace's from at most so much later. After `max_steps` the simulation stops, whatever is left
+    undone. Requests of `closed` loops come when they are sent, not when the trace says. Of `faults` a policy learns
+    what it sees: slow hosts by their work, lost ones by the layout. While a unit is nobody's, nothing is served. Where
+    hosts share a machine, as few loads are under way at a time as `max_loading` says, and meanwhile steps take
+    `loading_slows` times as long.
     """
 
     cost: ServiceTime
@@ -41,20 +43,23 @@ class SimulationConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
     window_s: float = 10.0
+    num_windows: int = 1
     load_bytes_per_s: float = 1e9
     host_start_s: float = 30.0
     max_loading: int | None = None
     loading_slows: float = 1.0
     split: bool = True
+    apart: bool = False
     locality_s: float = 10.0
     max_steps: int = 5_000_000
     closed: tuple[ClosedLoop, ...] = ()
     faults: tuple[SimulatedFault, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.window_s > 0 and self.locality_s > 0 and self.max_steps > 0):
+        if not (self.window_s > 0 and self.locality_s > 0 and self.max_steps > 0 and self.num_windows > 0):
             raise ValueError(
-                f"window_s is {self.window_s}, locality_s {self.locality_s}, max_steps {self.max_steps}: all above 0"
+                f"window_s is {self.window_s}, num_windows {self.num_windows}, locality_s {self.locality_s}, "
+                f"max_steps {self.max_steps}: all above 0"
             )
         if not self.loading_slows >= 1:
             raise ValueError(f"loading_slows is {self.loading_slows}, but it must be at least 1")
@@ -73,6 +78,17 @@ class Timeline:
     queue_s: list[float] = field(default_factory=list)
     moved_bytes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Window:
+    """What was done between two questions to the policy."""
+
+    tokens_LE: IntArray
+    calls_LE: IntArray
+    seconds: float = 0.0
+    steps: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +181,7 @@ class _Run:
         actions, self.state = policy(seen, None)
         self.cluster.do(actions, 0.0, at_once=True)
         self._use_layout()
+        self._windows: deque[_Window] = deque(maxlen=config.num_windows)
         self._begin_window()
 
     def step(self) -> None:
@@ -185,22 +202,21 @@ class _Run:
             self.now_s = min(max(self.engine.next_arrival_s, self.now_s), window_end_s)
             return
         tokens_LE = self.tokens.counts(self.now_s, self.num_tokens, num)
-        tokens_LN, calls_LN = self.assigner.assign(tokens_LE)
-        seconds_LN = host_seconds(tokens_LN, calls_LN, self.config.cost, self.speed_N)
+        rows_LN, seconds_LN = self.servers.work(tokens_LE)
         slowest_L = seconds_LN.argmax(axis=1)
         waited_s = float(seconds_LN[self._layers_L, slowest_L].sum())
-        self.waited_rows += float(tokens_LN[self._layers_L, slowest_L].sum())
+        self.waited_rows += float(rows_LN[self._layers_L, slowest_L].sum())
         slows = self.config.loading_slows if self.cluster.is_loading(self.now_s) else 1.0
         waited_s *= slows
         step_s = self.config.step_cost.seconds(num) * slows + waited_s
         self.now_s += step_s
         self.engine.end_step(self.now_s)
         self.num_steps += 1
-        self.window_steps += 1
-        self.window_step_s += step_s
         self.num_tokens += num
-        self.window_tokens_LE += tokens_LE
-        self.window_calls_LE += tokens_LE > 0
+        self.window.steps += 1
+        self.window.step_s += step_s
+        self.window.tokens_LE += tokens_LE
+        self.window.calls_LE += tokens_LE > 0
         self.window_seconds_LN += seconds_LN
         self.window_critical_s += waited_s
 
@@ -252,25 +268,29 @@ class _Run:
             self._use_layout()
         elapsed_s = max(self.now_s - self.window_began_s, 1e-9)
         self._write_down(elapsed_s)
+        self.window.seconds = elapsed_s
+        self._windows.append(self.window)
         if not self.cluster.is_moving:
             self._asked_about = self.cluster.layout
-            actions, self.state = self.policy(self._seen(elapsed_s), self.state)
+            actions, self.state = self.policy(self._seen(), self.state)
             self.cluster.do(actions, self.now_s)
             if self.cluster.advance(self.now_s) or actions:
                 self._use_layout()
         self._begin_window()
 
-    def _seen(self, elapsed_s: float) -> Observation:
-        """What a live cluster could know of the window that ends now."""
-        cost, steps = self.config.cost, self.window_steps
-        growing_LE = self.window_tokens_LE.astype(np.float64) * (cost.b_s / elapsed_s)
+    def _seen(self) -> Observation:
+        """What a live cluster could know of the windows that end now."""
+        cost, windows = self.config.cost, self._windows
+        elapsed_s, steps = sum(one.seconds for one in windows), sum(one.steps for one in windows)
+        tokens_LE: IntArray = np.sum([one.tokens_LE for one in windows], axis=0)
+        calls_LE: IntArray = np.sum([one.calls_LE for one in windows], axis=0)
         return Observation(
             now_s=self.now_s,
             layout=self.cluster.layout,
-            work_LE=busy_seconds(self.window_calls_LE, self.window_tokens_LE, cost) / elapsed_s,
-            growing_LE=growing_LE,
+            work_LE=busy_seconds(calls_LE, tokens_LE, cost) / elapsed_s,
+            growing_LE=tokens_LE.astype(np.float64) * (cost.b_s / elapsed_s),
             steps_per_s=steps / elapsed_s,
-            step_s=self.window_step_s / steps if steps else 0.0,
+            step_s=sum(one.step_s for one in windows) / steps if steps else 0.0,
             queue_s=self.engine.queue_s(self.now_s),
         )
 
@@ -289,15 +309,13 @@ class _Run:
         line.critical_share.append(self.window_critical_s / elapsed_s)
         line.queue_s.append(self.engine.queue_s(self.now_s))
         line.moved_bytes.append(self.cluster.moved_bytes)
-        line.tokens.append(int(self.window_tokens_LE[0].sum()))
+        line.tokens.append(int(self.window.tokens_LE[0].sum()))
 
     def _begin_window(self) -> None:
-        grain = self.cluster.layout.grain
+        shape = self.cluster.layout.grain.num_layers, self.cluster.layout.grain.num_experts
+        self.window = _Window(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
         self.window_began_s = self.now_s
-        self.window_critical_s = self.window_step_s = 0.0
-        self.window_steps = 0
-        self.window_tokens_LE: IntArray = np.zeros((grain.num_layers, grain.num_experts), np.int64)
-        self.window_calls_LE: IntArray = np.zeros_like(self.window_tokens_LE)
+        self.window_critical_s = 0.0
         self._clear_seconds()
 
     def _clear_seconds(self) -> None:
@@ -310,8 +328,7 @@ class _Run:
             self._clear_seconds()
             return
         selector = SelectorPolicy(split=self.config.split)
-        self.assigner = Assigner(layout, cost=self.config.cost, policy=selector)
-        self.speed_N = speeds(layout.hosts)
+        self.servers = Servers(layout, self.config.cost, selector, apart=self.config.apart)
         self._clear_seconds()
 
 

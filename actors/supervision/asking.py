@@ -18,7 +18,7 @@ import numpy as np
 from actors.supervision.member import View
 from cluster.config import ClusterConfig, ConfigError
 from cluster.ids import ReplicaId
-from cluster.layout import Grain
+from cluster.layout import Grain, IntArray
 from cluster.observing import Counted, Look, ReplicaTimes
 from cluster.policies import NAMES
 from cluster.policy import Observation, Policy
@@ -67,18 +67,20 @@ class Watch:
         self._looks: deque[Look] = deque(maxlen=WINDOW_INTERVALS + 1)
 
     def add(self, now_s: float, coordinators: Mapping[str, View], shape: tuple[int, int]) -> None:
-        """Takes in what they said last. `shape` is layers by experts."""
+        """Takes in what they said last. `shape` is layers by experts; who has not served yet has counted nothing."""
         infos = {name: view.info for name, view in coordinators.items() if view.dead is None and view.info is not None}
-        counted = {name: _counted(info) for name, info in infos.items() if np.shape(info.get("load") or ()) == shape}
+        loads = {name: np.asarray(info.get("load") or np.zeros(shape), np.int64) for name, info in infos.items()}
+        counted = {name: _counted(infos[name], load) for name, load in loads.items() if load.shape == shape}
         self._looks.append(Look(now_s, counted))
 
     @property
     def window(self) -> tuple[Look, Look] | None:
-        """The oldest and the newest look; None before there are two."""
-        return (self._looks[0], self._looks[-1]) if len(self._looks) > 1 else None
+        """The oldest and the newest look at somebody; None before there are two."""
+        looks = [look for look in self._looks if look.coordinators]
+        return (looks[0], looks[-1]) if len(looks) > 1 else None
 
 
-def _counted(info: Mapping[str, Any]) -> Counted:
+def _counted(info: Mapping[str, Any], tokens_LE: IntArray) -> Counted:
     times = {
         ReplicaId(str(one["replica_id"])): ReplicaTimes(
             calls=int(one["calls_total"]),
@@ -90,7 +92,7 @@ def _counted(info: Mapping[str, Any]) -> Counted:
         for one in info.get("replica_times") or ()
     }
     return Counted(
-        tokens_LE=np.asarray(info["load"], np.int64),
+        tokens_LE=tokens_LE,
         compute_s=float(info.get("expert_compute_us_total") or 0) / 1e6,
         queue_s=float(info.get("queue_s") or 0.0),
         replicas=times,

@@ -117,11 +117,13 @@ def _own_ray(scenario: Scenario) -> Iterator[None]:
     """A Ray of as many nodes as are asked for, which ends with the block."""
     from actors import ray_runtime
     from experiments.scenario.live import join_ray
-    from experiments.scenario.nodes import more_nodes
+    from experiments.scenario.nodes import NUM_DEVICES, more_nodes
 
-    join_ray(scenario.live.nodes)
+    live = scenario.live
+    devices = NUM_DEVICES if live.own_devices else 1
+    join_ray(devices if live.nodes > 1 else None)
     try:
-        with more_nodes(scenario.live.nodes - 1):
+        with more_nodes(live.nodes - 1, devices):
             yield
     finally:
         ray_runtime.disconnect()

@@ -25,7 +25,7 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class CopyCost:
-    """A copy is ready after `seconds`; until then a step takes `slows` times as long, at least once."""
+    """A copy serves after `seconds`; until then a step takes `slows` times as long, at least once."""
 
     seconds: float
     slows: float
@@ -80,7 +80,7 @@ async def copy_cost(cluster: LiveCluster, scenario: Scenario, *, calm_s: float =
             await asyncio.sleep(calm_s)
             await stretches.end(stretches.calm)
             replica_id = await cluster.copy(number)
-            await _until(cluster, lambda status, it=replica_id: _state(status, it) == "ready")  # type: ignore[misc]
+            await _until(cluster, lambda status, it=replica_id: _serves(status, it))  # type: ignore[misc]
             took_s.append(await stretches.end(stretches.copying))
             await cluster.drain(replica_id)
             await _until(cluster, lambda status, it=replica_id: _state(status, it) is None)  # type: ignore[misc]
@@ -102,6 +102,12 @@ def lasting(scenario: Scenario) -> PhaseLoad:
     phase = replace(last, duration_s=MOST_S, concurrency=num_clients, rate=None, rate_to=None)
     (load,) = phase_loads(replace(scenario, phases=(phase,)), 0)
     return load
+
+
+def _serves(status: ClusterStatus, replica_id: str) -> bool:
+    """It is ready, and every coordinator was told: until then whoever balances makes no other copy."""
+    told = all(one.map_epoch >= status.map_epoch for one in status.coordinators)
+    return told and _state(status, replica_id) == "ready"
 
 
 def _state(status: ClusterStatus, replica_id: str) -> str | None:

@@ -62,7 +62,7 @@ def run_fidelity(scenario: Scenario, model: Path, console: Console) -> tuple[Cal
     async def play(cluster: LiveCluster) -> tuple[Calibration, list[Comparison]]:
         return await compare(cluster, scenario, top_k=top_k, replicas=config.replicas)
 
-    return with_cluster(config, model, scenario.seeds[0], console, play, row_us=scenario.live.row_us)
+    return with_cluster(scenario, config, model, console, play)
 
 
 async def compare(

@@ -64,22 +64,22 @@ def run_live(scenario: Scenario, model: Path, policy: str, seed: int, console: C
         return await cluster.run(scenario, phase_loads(scenario, seed))
 
     config = live_config(scenario, model, policy)
-    return with_cluster(config, model, seed, console, play, row_us=scenario.live.row_us)
+    return with_cluster(scenario, config, model, console, play, seed)
 
 
 def with_cluster(
+    scenario: Scenario,
     config: ClusterConfig,
     model: Path,
-    seed: int,
     console: Console,
     play: "Callable[[LiveCluster], Coroutine[None, None, T]]",
-    *,
-    row_us: float = 0.0,
+    seed: int | None = None,
 ) -> T:
-    """What `play` makes of a cluster that is ended afterwards; with `row_us` > 0 its experts are slow by decree."""
+    """What `play` makes of a cluster that is ended afterwards. Texts are by the scenario's first seed, or by `seed`."""
     assert config.auth_token is not None, "set by live_config"
-    with runtime_for(row_us) as runtime:
-        return _with_cluster(config, model, seed, console, play, runtime)
+    live = scenario.live
+    with runtime_for(live.row_us, own_devices=live.own_devices) as runtime:
+        return _with_cluster(config, model, scenario.seeds[0] if seed is None else seed, console, play, runtime)
 
 
 def _with_cluster(
@@ -109,6 +109,6 @@ def _with_cluster(
         supervisor.retire()
 
 
-def join_ray(num_nodes: int) -> None:
-    """A Ray of our own, which ends with this process. Of several nodes each is one device, the first too."""
-    ray_runtime.start_local(NAMESPACE, num_cpus=1 if num_nodes > 1 else None)
+def join_ray(num_cpus: int | None) -> None:
+    """A Ray of our own, which ends with this process."""
+    ray_runtime.start_local(NAMESPACE, num_cpus=num_cpus)

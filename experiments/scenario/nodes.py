@@ -22,19 +22,24 @@ MAX_STARTS = 3
 """Ray gives a node's processes 30 s to begin, whatever else the machine has to do."""
 END_S = 20.0
 POLL_S = 0.2
+NUM_DEVICES = 64
+"""Of a node whose experts have a device each."""
 
 Begin = Callable[[IO[bytes]], subprocess.Popen[bytes]]
 """Starts a process that says what it has to say into that file."""
 
 
 @contextmanager
-def more_nodes(num: int) -> Iterator[None]:
-    """`num` nodes beside those of the Ray that this process has joined. Raises RuntimeFailure when they do not come."""
+def more_nodes(num: int, num_cpus: int) -> Iterator[None]:
+    """`num` nodes of so many processors beside those of the Ray that this process has joined.
+
+    Raises RuntimeFailure when they do not come.
+    """
     wanted = len(ray_runtime.nodes()) + num
     address = ray_runtime.address()
     with ExitStack() as logs:
         files = [logs.enter_context(tempfile.TemporaryFile()) for _ in range(num)]
-        started = [NodeProcess(lambda log: _start(address, log), file) for file in files]
+        started = [NodeProcess(lambda log: _start(address, num_cpus, log), file) for file in files]
         try:
             _wait(started, wanted)
             yield
@@ -66,9 +71,9 @@ class NodeProcess:
         self.process = self._begin(self._log)
 
 
-def _start(address: str, log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(address: str, num_cpus: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     command = [str(Path(sys.executable).with_name("ray")), "start", "--address", address, "--block"]
-    size = ["--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE_BYTES)]
+    size = ["--num-cpus", str(num_cpus), "--object-store-memory", str(OBJECT_STORE_BYTES)]
     env = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", **os.environ}
     return subprocess.Popen([*command, *size], env=env, stdout=log, stderr=subprocess.STDOUT)
 

@@ -1,8 +1,8 @@
 """What one live run tells the simulator, and what it then says of a policy.
 
-A host is a Ray node, whose experts wait for each other (`live.row_us`). A step waits for its busiest hosts, which have
-more rows than those of a mean step: the run that told the constants is simulated too, and they are fitted again
-(`experiments.scenario.calibration`). L layers, E experts, N hosts, W windows.
+A host is a Ray node; whom a step waits for is its busiest node, or its busiest expert where each has a device of its
+own. Those of single steps have more rows than those of a mean step: the run that told the constants is simulated too,
+and they are fitted again (`experiments.scenario.calibration`). L layers, E experts, N hosts or experts, W windows.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from actors.supervision.asking import load_policy
+from actors.supervision.asking import WINDOW_INTERVALS, budget_bytes, load_policy
 from actors.supervision.status import ClusterStatus
 from cluster.config import ClusterConfig
 from cluster.ids import NodeId
 from cluster.layout import FloatArray, Grain, Host
 from cluster.policy import Action, Copy, Observation, Policy
+from cluster.policy_check import within_bounds
 from cluster.routing_trace import RoutingTrace
 from cluster.service_time import ServiceTime
 from cluster.simulate import SimulationConfig, SimulationResult, simulate
-from experiments.scenario.calibration import Measured, calibrate, drawing_weights, measured
+from experiments.scenario.calibration import calibrate, drawing_weights, measured
 from experiments.scenario.copying import CopyCost
 from experiments.scenario.load import PhaseLoad, closed_loops, phase_loads
+from experiments.scenario.nodes import NUM_DEVICES
 from experiments.scenario.schema import Scenario
 from experiments.simulation.synthetic_routing import RoutingModel, route
 from protos.coordinator_pb2 import SnapshotReply
@@ -74,9 +76,11 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
     on_EN = np.zeros((num_experts, len(names)))
     for expert, node in places:
         on_EN[expert, names.index(node)] = 1.0
-    points = [_by_host(one, on_EN) for _, one in windows]
+    if scenario.live.own_devices:
+        on_EN = np.eye(num_experts)
+    points = [replace(one, load_LE=one.load_LE @ on_EN) for _, one in windows]
     loads_LN: FloatArray = np.sum([one.load_LE for one in points], axis=0)
-    calls = float(on_EN[:, int(loads_LN.sum(axis=0).argmax())].sum())  # of the host that is waited for
+    calls = float(on_EN[:, int(loads_LN.sum(axis=0).argmax())].sum())  # of who is waited for
     shares_WLE = np.stack([one.load_LE / np.maximum(one.load_LE.sum(axis=1, keepdims=True), 1) for _, one in windows])
     known = Known(
         cost=ServiceTime(0.0, 0.0),
@@ -116,7 +120,8 @@ def predict(
     )
     names = sorted({NodeId(one.node) for one in first.replicas} | {node for _, node in known.places})
     slots = grain.num_units if config.expert_slots is None else config.expert_slots
-    hosts = tuple(Host(node_id=name, slots=slots, memory_bytes=1 << 50) for name in names)
+    devices = NUM_DEVICES if scenario.live.own_devices else 1
+    hosts = tuple(Host(node_id=name, slots=slots, memory_bytes=1 << 50, parallelism=devices) for name in names)
     loads = phase_loads(scenario, scenario.seeds[0])
     column_bytes = grain.layer_bytes * num_layers
     simulated = SimulationConfig(
@@ -125,15 +130,16 @@ def predict(
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_batched_tokens,
         window_s=config.balance_interval_s,
+        num_windows=WINDOW_INTERVALS,
         load_bytes_per_s=column_bytes / known.copy.seconds,
         max_loading=1,
+        apart=True,
         loading_slows=known.copy.slows,
         locality_s=min(5.0, scenario.duration_s / 10),
         closed=closed_loops(loads),
     )
     began = {(expert, NodeId(one.node)) for one in first.replicas if one.state == "ready" for expert in one.expert_ids}
-    moving = load_policy(config, grain) if config.balance == "on" else _nothing
-    policy = beginning_with(began, moving)
+    policy = beginning_with(began, as_live(config, grain) if config.balance == "on" else _nothing)
     trace = _trace(loads, known, top_k, scenario)
     return simulate(trace, policy, grain=grain, hosts=hosts, template=hosts[0], config=simulated)
 
@@ -156,14 +162,21 @@ def beginning_with(began: Collection[tuple[int, NodeId]], policy: Policy) -> Pol
     return asked
 
 
+def as_live(config: ClusterConfig, grain: Grain) -> Policy:
+    """The configured policy, of whose actions no more are done at a time than live."""
+    policy, budget = load_policy(config, grain), budget_bytes(config, grain)
+    min_copies = config.replicas
+
+    def asked(seen: Observation, state: Any) -> tuple[tuple[Action, ...], Any]:
+        actions, state = policy(seen, state)
+        return within_bounds(actions, seen.layout, budget_bytes=budget, min_copies=min_copies), state
+
+    return asked
+
+
 def _nothing(_seen: Observation, state: Any) -> tuple[tuple[Action, ...], Any]:
     """What a live cluster does without balancing."""
     return (), state
-
-
-def _by_host(one: Measured, on_EN: FloatArray) -> Measured:
-    """The same with hosts for experts: a layer waits for its busiest host."""
-    return replace(one, load_LE=one.load_LE @ on_EN)
 
 
 def _trace(loads: Sequence[PhaseLoad], known: Known, top_k: int, scenario: Scenario) -> RoutingTrace:

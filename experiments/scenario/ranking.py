@@ -60,8 +60,7 @@ def record_all(scenario: Scenario, model: Path, console: Console) -> dict[str, R
     for policy in scenario.policies:
         console.print(f"live {policy} ...", markup=False)
         config = live_config(scenario, model, policy)
-        row_us = scenario.live.row_us
-        recorded[policy] = with_cluster(config, model, scenario.seeds[0], console, play, row_us=row_us)
+        recorded[policy] = with_cluster(scenario, config, model, console, play)
     return recorded
 
 

@@ -98,13 +98,14 @@ class Live:
     The first `calibrate` phases tell the simulator's constants, the others are predicted (`--fidelity`, `--ranking`).
 
     `nodes` Ray nodes are made of this machine: copies of an expert are on different ones. With `row_us` every row of an
-    expert takes so much longer, asleep, and the experts of a node wait for each other: so experts can be the bottleneck
-    and nodes can be hosts where there are few cores.
+    expert takes so much longer, asleep: so experts can be the bottleneck where there are few cores. The experts of a
+    node wait for each other meanwhile, as on one device, unless each has one of its own (`own_devices`).
     """
 
     calibrate: int = limited(1, 1, MAX_ITEMS)
     nodes: int = limited(1, 1, 16)
     row_us: float = limited(0.0, 0.0, 1e6)
+    own_devices: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -233,6 +234,10 @@ def _scalar(kind: type, metadata: Mapping[str, Any], value: Any, where: str) -> 
             raise ScenarioError(f"{where} is {_shown(value)}, but it must be a text")
         if value not in metadata.get("choices", (value,)):
             raise ScenarioError(f"{where} is {value!r}, but it must be one of {', '.join(metadata['choices'])}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ScenarioError(f"{where} is {_shown(value)}, but it must be true or false")
         return value
     low, high = metadata.get("limits", (0, 2**32 - 1))
     is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
 """Experts that are slow by decree, so that they are the bottleneck and Ray nodes are hosts on a machine with few cores.
 
-Every row costs so much more, asleep, and the experts of one node wait for each other as those of one device do. Only
-scenarios that ask for it (`live.row_us`) get such experts: no configuration of a cluster leads here.
+Every row costs so much more, asleep; where a node is one device its experts wait for each other. Only scenarios that
+ask for it (`live.row_us`) get such experts: no configuration of a cluster leads here.
 """
 
 import tempfile
@@ -18,17 +18,20 @@ from experiments.scenario.slow_process import LOCKS, ROW_US, SlowProcess
 
 
 @contextmanager
-def runtime_for(row_us: float) -> Iterator[Runtime]:
+def runtime_for(row_us: float, *, own_devices: bool) -> Iterator[Runtime]:
     """Ray as it is, or with experts that take `row_us` microseconds more for each row."""
     if row_us <= 0:
         yield ray_runtime
+        return
+    if own_devices:
+        yield SlowRuntime(row_us, "")
         return
     with tempfile.TemporaryDirectory(prefix="octavo-experiment-") as locks:
         yield SlowRuntime(row_us, locks)
 
 
 class SlowRuntime:
-    """Ray, but for the classes of the supervisor and the experts. `locks` is a directory for one file a node."""
+    """Ray, but for the classes of the supervisor and the experts. `locks` may be a directory for a file a node."""
 
     def __init__(self, row_us: float, locks: str) -> None:
         self._row_us, self._locks = row_us, locks

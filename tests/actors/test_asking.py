@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from actors.supervision.asking import Asker, PolicyFailed
+from actors.supervision.asking import Asker, PolicyFailed, Watch
+from actors.supervision.member import View
 from tests.support.front import run
 
 SEEN: Any = None
@@ -81,3 +82,27 @@ def test_an_answer_for_a_loop_that_is_closed_is_nobodys_error() -> None:
     gate.set()
     thread.join(200)  # an exception in it would be a warning, and so an error
     assert not thread.is_alive()
+
+
+def view(load: list[list[int]] | None) -> View:
+    return View("coordinator-0", 0, None if load is None else {"load": load, "steps_total": 0 if not load else 1})
+
+
+def test_the_window_begins_with_the_first_look_at_somebody_even_one_who_has_counted_nothing_yet() -> None:
+    watch = Watch()
+    for at_s, there in enumerate(({}, {"coordinator-0": view(None)}, {"coordinator-0": view([])})):
+        watch.add(float(at_s), there, (1, 2))
+        assert watch.window is None
+    watch.add(3.0, {"coordinator-0": view([[5, 7]])}, (1, 2))
+    assert watch.window is not None
+    first, last = watch.window
+    assert (first.at_s, last.at_s) == (2.0, 3.0)
+    grown_LE = last.coordinators["coordinator-0"].tokens_LE - first.coordinators["coordinator-0"].tokens_LE
+    assert grown_LE.tolist() == [[5, 7]]
+
+
+def test_who_counts_another_models_experts_is_not_looked_at() -> None:
+    watch = Watch()
+    for at_s in (0.0, 1.0):
+        watch.add(at_s, {"coordinator-0": view([[5, 7, 9]])}, (1, 2))
+    assert watch.window is None

@@ -255,3 +255,25 @@ def test_what_does_not_fit_together_is_refused() -> None:
         run(num_hosts=1, slots=1)
     with pytest.raises(ValueError, match="load_bytes_per_s is 0"):
         SimulatedCluster(Layout.empty(Grain.even(1, 1), hosts(1)), hosts(1)[0], load_bytes_per_s=0, host_start_s=0)
+
+
+@pytest.mark.parametrize("num_windows", [1, 3])
+def test_a_policy_sees_the_work_of_the_last_windows(num_windows: int) -> None:
+    """One token at a time for a second and a half, then nothing: the share of its time that the host worked."""
+    seen: list[float] = []
+
+    def policy(observation: Observation, state: Any) -> tuple[tuple[Action, ...], Any]:
+        if observation.layout.held_UN.any():
+            seen.append(float(observation.work_LE.sum()))
+            return (), state
+        return static(observation, state)
+
+    run(
+        policy, num_hosts=1, window_s=1.0, num_windows=num_windows, arrival_s=[0.0, 5.9], prompt=1, output=[75, 1],
+        popularity=[1.0, 0, 0, 0], cost=ServiceTime(0.01, 0.0),
+    )  # fmt: skip
+    busy = [1.0, 0.5, 0.0, 0.0, 0.0]
+    shown = [busy[max(at + 1 - num_windows, 0) : at + 1] for at in range(5)]
+    assert seen[:5] == pytest.approx([sum(one) / len(one) for one in shown], abs=0.03)
+    with pytest.raises(ValueError, match="num_windows 0"):
+        run(num_windows=0)

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.supervision.status import ClusterStatus, LoadStatus, ReplicaStatus
+from cluster.ids import NodeId
+from cluster.layout import Grain, Host, Layout
+from cluster.policy import Observation, moved_bytes
 from cluster.simulate import SimulationResult, Timeline
 from experiments.scenario import ranking
 from experiments.scenario.calibration import drawing_weights
 from experiments.scenario.copying import CopyCost
 from experiments.scenario.live import live_config
-from experiments.scenario.prediction import Recorded, learn, predict
+from experiments.scenario.prediction import Recorded, as_live, learn, predict
 from experiments.scenario.schema import Scenario, ScenarioError, read_scenario
 from experiments.scenario.slow_process import slow_down
 from experiments.simulation.synthetic_routing import RoutingModel, route
@@ -205,7 +208,7 @@ def test_the_run_that_told_the_constants_is_predicted_as_it_was(tmp_path: Path, 
 
 
 def test_copies_help_once_they_are_there_and_slow_steps_until_then(tmp_path: Path, model: Path) -> None:
-    asked, run = scenario(tmp_path), recorded(1.0)
+    asked, run = scenario(tmp_path, TEXT.replace("calibrate: 1,", "calibrate: 1, own_devices: true,")), recorded(1.0)
     static, moving = (live_config(asked, model, policy) for policy in asked.policies)
     known = learn(asked, static, run, TOP_K)
     still = predict(asked, static, known, run.first, TOP_K)
@@ -224,11 +227,8 @@ def test_orders_are_compared_and_only_clear_ones_can_disagree(tmp_path: Path, mo
     constants, *policies, order = ranked.lines
     assert (constants["copy_s"], constants["copy_slows"]) == (2.0, COPY_SLOWS)
     for line in policies:
-        assert line["windows"]["live"][1] == [
-            20.0,
-            pytest.approx(line["live"]["tokens_per_s"], abs=1),
-            line["live"]["copy_seconds_per_s"],
-        ]
+        live = line["live"]
+        assert line["windows"]["live"][1] == [20.0, live["tokens_per_s"], live["copy_seconds_per_s"], 0]
         for name, error in line["error"].items():
             assert error == pytest.approx(line["simulated"][name] / line["live"][name] - 1)
     assert policies[0]["live"] == {"tokens_per_s": 700.0, "copy_seconds_per_s": EXPERTS}
@@ -248,6 +248,7 @@ def test_orders_are_compared_and_only_clear_ones_can_disagree(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (("calibrate: 1", "own_devices: 1"), "own_devices is 1, but it must be true or false"),
         (("policies: [static, incremental]", "policies: [static]"), "at least two different ones"),
         (("policies: [static, incremental]", "policies: [eplb, static]"), r"policies\[0\] is 'eplb'"),
         (("calibrate: 1", "calibrate: 2"), "must leave a phase"),
@@ -280,3 +281,36 @@ def test_slow_experts_of_a_node_wait_for_each_other(
         fcntl.flock(another, fcntl.LOCK_UN)
         thread.join(120)
     assert torch.equal(found[0], answer)
+
+
+def test_no_more_is_done_at_a_time_than_live(tmp_path: Path, model: Path) -> None:
+    """EPLB wants to rearrange everything; what a live round would not carry out is cut off here, too."""
+    asked, run = scenario(tmp_path, TEXT.replace("incremental", "eplb")), recorded(1.0)
+    grain = Grain.even(LAYERS, EXPERTS, layer_bytes=1 << 20)
+    at = Layout(
+        grain,
+        tuple(Host(node_id=NodeId(name), slots=3, memory_bytes=1 << 40) for name in "abc"),
+        np.array([[PLACES[expert] == name for name in "abc"] for expert in range(EXPERTS)]),
+    )
+    seen = Observation(now_s=0.0, layout=at, work_LE=np.array([[0.9, 0.1, 0.1, 0.1]] * LAYERS))
+    config = live_config(asked, model, "eplb")
+    few = replace(config, balance_bytes_per_s=LAYERS << 19)
+    bytes_moved = [moved_bytes(as_live(each, grain)(seen, None)[0]) for each in (config, few)]
+    assert bytes_moved[0] > bytes_moved[1] == LAYERS << 20
+    static = live_config(asked, model, "static")
+    found = predict(asked, config, learn(asked, static, run, TOP_K), run.first, TOP_K)
+    assert found.moved_bytes > 0
+
+
+def test_where_each_expert_has_a_device_a_step_waits_for_the_busiest_expert(tmp_path: Path, model: Path) -> None:
+    """The same counters: the waits are the busiest expert's then, not those of its node with another one."""
+    run = recorded(1.0)
+    shared, own = (
+        learn(asked, live_config(asked, model, "static"), run, TOP_K)
+        for asked in (
+            scenario(tmp_path, opened(TEXT)),
+            scenario(tmp_path, opened(TEXT).replace("calibrate: 1,", "calibrate: 1, own_devices: true,")),
+        )
+    )
+    assert own.cost.a_s == pytest.approx(shared.cost.a_s * BUSIEST_CALLS, rel=0.05)
+    assert own.cost.b_s > 1.2 * shared.cost.b_s, "for fewer rows"
