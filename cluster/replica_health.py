@@ -75,9 +75,14 @@ class HealthBook:
         elif record.state is State.HEALTHY:
             self._clear(record)
 
-    def answered(self, record: ReplicaRecord, size: int, seconds: float, now_s: float) -> None:
-        """An answer came first, `seconds` after its rows were sent in a round of this size. In the hot loop."""
+    def answered(self, record: ReplicaRecord, size: int, seconds: float, now_s: float, work_s: float = 0.0) -> None:
+        """An answer came first, `seconds` after its rows were sent in a round of this size. In the hot loop.
+
+        `work_s`: what a usual replica would compute for those rows. Nobody is slow for having had more than others.
+        """
         pace, answers, sample = self.times.add(size, seconds), record.answers, self.policy.sample
+        if pace * work_s > seconds:
+            pace = seconds / work_s
         if answers < sample:
             record.paces.append(pace)
         else:

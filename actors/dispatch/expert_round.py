@@ -56,6 +56,7 @@ class ExpertRound:
     ) -> None:
         self._pool = pool
         self._book = pool.book
+        self._times = pool.times
         self._doorbells = doorbells
         self._stats = stats
         self._cross_check = cross_check
@@ -209,7 +210,9 @@ class ExpertRound:
         if failure is None:
             if gathered.missing < missing:
                 now_s = self._loop.time()
-                self._book.answered(message.link.record, self._size, now_s - message.sent_s, now_s)
+                parts = message.parts
+                work_s = self._times.usual_s(len(parts), sum([part.asked.num_rows for part in parts]))
+                self._book.answered(message.link.record, self._size, now_s - message.sent_s, now_s, work_s)
                 self._stats.hedges_won += message.hedge
                 if not gathered.missing:
                     self._complete()

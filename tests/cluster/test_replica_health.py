@@ -30,6 +30,7 @@ class World:
             for copy in range(self.replicas):
                 self.book.connected(self[expert, copy], "first", self.now_s)
         self.seconds: Callable[[str], float] = lambda _: 0.01
+        self.work: Callable[[str], float] = lambda _: 0.0
         self.asked: list[str] = []
 
     def __getitem__(self, place: tuple[int, int]) -> ReplicaRecord:
@@ -63,7 +64,7 @@ class World:
         """What the book hears of one message; returns how long it was waited for."""
         self.asked.append(record.replica_id)
         if seconds <= timeout_s or not self.siblings(record.replica_id):
-            self.book.answered(record, SIZE, seconds, self.now_s + seconds)
+            self.book.answered(record, SIZE, seconds, self.now_s + seconds, self.work(record.replica_id))
             return seconds
         self.book.overdue(record, timeout_s, self.now_s + timeout_s)
         if seconds < 10:
@@ -73,7 +74,7 @@ class World:
         hedge = min(siblings, key=lambda one: one.replica_id)
         hedge_s = self.seconds(hedge.replica_id)
         first, took = (record, seconds) if seconds <= timeout_s + hedge_s else (hedge, hedge_s)
-        self.book.answered(first, SIZE, took, self.now_s + took)
+        self.book.answered(first, SIZE, took, self.now_s + took, self.work(first.replica_id))
         return min(seconds, timeout_s + hedge_s)
 
     def probe(self, record: ReplicaRecord) -> None:
@@ -123,6 +124,23 @@ def test_a_replica_ten_times_slower_is_ejected_soon_and_the_others_stay(rng: ran
     world.asked.clear()
     world.rounds(50)
     assert "e2-r0" not in world.asked
+
+
+def test_who_has_more_rows_than_others_is_not_compared_for_that(rng: random.Random) -> None:
+    """Comparing takes turns: the rows of a hot expert would not be split among its replicas meanwhile."""
+    hot = {"e2-r0": 10.0, "e2-r1": 10.0}
+    asked = []
+    for work in (lambda _: 0.0, lambda replica_id: 0.009 * hot.get(replica_id, 1.0)):
+        world = World()
+        world.work, world.seconds = work, noisy(rng, hot)
+        world.rounds(500)
+        assert world.out() == []
+        asked.append(world.asked.count("e2-r1"))
+    assert asked[0] > 20, "by the round alone it is"
+    assert asked[1] == 0
+    world.seconds = noisy(rng, hot | {"e2-r0": 100.0})
+    world.rounds(200)
+    assert world.out() == ["e2-r0"], "though it is found where it is slow beside that"
 
 
 def test_a_slow_one_below_every_deadline_is_found_by_comparison() -> None:

@@ -226,3 +226,20 @@ def test_a_coordinators_seat_is_its_number() -> None:
     assert seat_of("") == 0
     assert seat_of("left") != seat_of("right")
     assert seat_of("x" + "9" * 400) == 999_999_999
+
+
+def test_what_is_usual_is_the_faster_half_of_those_measured() -> None:
+    book = TimesBook()
+    assert book.usual_s(1, 8) == 0.0
+    for name, row_us in (("a", 100), ("b", 120), ("c", 5000), ("d", 9000)):
+        times = book.of(ReplicaId(name))
+        for rows in (4, 8, 16, 32) * 20:
+            times.answered(1, rows, 1000 + row_us * rows, 0, 1.0)
+    book.of(ReplicaId("e"))  # was never asked
+    found = [book.usual_s(2, 10) for _ in range(100)]
+    assert found[-1] == pytest.approx(2e-3 + 120e-6 * 10, rel=0.1), "looked at again after a while"
+    alone = TimesBook()
+    for name, row_us in (("a", 9000), ("b", 100)):
+        for rows in (4, 8, 16, 32) * 20:
+            alone.of(ReplicaId(name)).answered(1, rows, 1000 + row_us * rows, 0, 1.0)
+    assert alone.usual_s(1, 10) == pytest.approx(2e-3, rel=0.1), "of two the faster one"
