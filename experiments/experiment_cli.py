@@ -11,7 +11,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def experiment(
-    config: Annotated[Path, typer.Argument(help="A scenario (.yaml); three are in experiments/scenarios.")],
+    config: Annotated[Path, typer.Argument(help="A scenario (.yaml); some are in experiments/scenarios.")],
     simulated: Annotated[bool, typer.Option("--simulated", help="On a virtual clock; the default.")] = False,
     live: Annotated[bool, typer.Option("--live", help="On a real cluster of this machine.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only read and check the scenario.")] = False,
