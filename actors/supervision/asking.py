@@ -75,9 +75,10 @@ class Watch:
 
     @property
     def window(self) -> tuple[Look, Look] | None:
-        """The oldest and the newest look at somebody; None before there are two."""
+        """The oldest and the newest look at somebody; None before there are two, and before anything was counted."""
         looks = [look for look in self._looks if look.coordinators]
-        return (looks[0], looks[-1]) if len(looks) > 1 else None
+        counted = looks and any(one.tokens_LE.any() for one in looks[-1].coordinators.values())
+        return (looks[0], looks[-1]) if len(looks) > 1 and counted else None
 
 
 def _counted(info: Mapping[str, Any], tokens_LE: IntArray) -> Counted:

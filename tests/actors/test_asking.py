@@ -90,9 +90,12 @@ def view(load: list[list[int]] | None) -> View:
 
 def test_the_window_begins_with_the_first_look_at_somebody_even_one_who_has_counted_nothing_yet() -> None:
     watch = Watch()
-    for at_s, there in enumerate(({}, {"coordinator-0": view(None)}, {"coordinator-0": view([])})):
+    silent = {"coordinator-0": view([])}
+    for at_s, there in enumerate(({}, {"coordinator-0": view(None)}, silent)):
         watch.add(float(at_s), there, (1, 2))
         assert watch.window is None
+    watch.add(2.5, silent, (1, 2))
+    assert watch.window is None, "no policy is asked before there is a load"
     watch.add(3.0, {"coordinator-0": view([[5, 7]])}, (1, 2))
     assert watch.window is not None
     first, last = watch.window
