@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.supervision.status import ClusterStatus, LoadStatus, ReplicaStatus
+from actors.supervision.status import ClusterStatus, ReplicaStatus
 from cluster.ids import NodeId
 from cluster.layout import Grain, Host, Layout
 from cluster.policy import Observation, moved_bytes
@@ -28,6 +28,7 @@ from model.experts import ExpertColumn
 from model.storage.checkpoint import Checkpoint
 from protos.coordinator_pb2 import LayerLoad, SnapshotReply
 from tests.support.checkpoints import write_mixtral
+from tests.support.still_supervisor import status_of
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2
 CALL_S, ROW_S, STEP_S, STEP_TOKEN_S = 0.002, 0.0005, 0.004, 0.0001
@@ -119,18 +120,7 @@ def status() -> ClusterStatus:
         ReplicaStatus(replica_id=f"expert-{e}-r0", expert_ids=[e], state="ready", node=node, weight_bytes=2000)
         for e, node in PLACES.items()
     ]
-    return ClusterStatus(
-        state="ready",
-        model="m",
-        model_path="m",
-        map_epoch=1,
-        system_fingerprint="",
-        uptime_s=0.0,
-        coordinators=[],
-        replicas=rows,
-        load=LoadStatus(tokens_per_expert=[], window_tokens_per_expert=[], balancedness_per_layer=[], balancedness=1.0),
-        events=[],
-    )
+    return replace(status_of(), replicas=rows)
 
 
 def recorded(tokens_per_s: float, copies: int = EXPERTS) -> Recorded:
