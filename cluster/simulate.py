@@ -67,7 +67,10 @@ class SimulationConfig:
 
 @dataclass(slots=True)
 class Timeline:
-    """One row for each time that the policy was asked; `balancedness` is of hosts, mean and worst over layers."""
+    """One row for each time that the policy was asked; `balancedness` is of hosts, mean and worst over layers.
+
+    `tokens` went through the model in that window: prompts, and of an answer all but its last one.
+    """
 
     at_s: list[float] = field(default_factory=list)
     hosts: list[int] = field(default_factory=list)
@@ -87,6 +90,7 @@ class _Window:
     tokens_LE: IntArray
     calls_LE: IntArray
     seconds: float = 0.0
+    tokens: int = 0
     steps: int = 0
     step_s: float = 0.0
 
@@ -213,6 +217,7 @@ class _Run:
         self.engine.end_step(self.now_s)
         self.num_steps += 1
         self.num_tokens += num
+        self.window.tokens += num
         self.window.steps += 1
         self.window.step_s += step_s
         self.window.tokens_LE += tokens_LE
@@ -309,7 +314,7 @@ class _Run:
         line.critical_share.append(self.window_critical_s / elapsed_s)
         line.queue_s.append(self.engine.queue_s(self.now_s))
         line.moved_bytes.append(self.cluster.moved_bytes)
-        line.tokens.append(int(self.window.tokens_LE[0].sum()))
+        line.tokens.append(self.window.tokens)
 
     def _begin_window(self) -> None:
         shape = self.cluster.layout.grain.num_layers, self.cluster.layout.grain.num_experts

@@ -93,23 +93,28 @@ def _model(scenario: Scenario, console: Console) -> Path:
 
 
 def rank_policies(scenario: Scenario, console: Console) -> dict[str, SimulationResult]:
-    """Each policy live, and the same requests simulated: a JSON line for the constants, for each policy, for the order.
+    """Each policy live, and the same requests simulated, once for each seed: a JSON line for the constants, for each
+    policy, and in the end for the order by medians.
 
     Returns both worlds' results, for the report.
     """
     from experiments.scenario import ranking
 
+    rounds: list[ranking.Round] = []
     with told(scenario.name or "experiment"):
         ranking.check(scenario)
         model = _model(scenario, console)
         with _own_ray(scenario):
-            recorded = ranking.record_all(scenario, model, console)
-        ranked = ranking.compare(scenario, model, recorded)
-    for line in ranked.lines:
-        print(json.dumps(line, allow_nan=False), flush=True)
-    print(table(ranked.results), file=sys.stderr)
-    print(ranked.text, file=sys.stderr)
-    return ranked.results
+            for one in ranking.rounds(scenario, model, console):
+                rounds.append(one)
+                for line in one.lines:
+                    print(json.dumps(line, allow_nan=False), flush=True)
+    results = {name: result for one in rounds for name, result in one.results.items()}
+    line, text = ranking.rank(rounds)
+    print(json.dumps(line, allow_nan=False), flush=True)
+    print(table(results), file=sys.stderr)
+    print(text, file=sys.stderr)
+    return results
 
 
 @contextmanager

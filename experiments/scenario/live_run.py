@@ -81,7 +81,7 @@ class LiveRun:
     def __init__(self, cluster: LiveCluster) -> None:
         self._client, self._texts, self._status = cluster.client, cluster.texts, cluster.status
         self._answers: list[Answer] = []
-        self._num_failed = self._num_sent = 0
+        self._num_failed = self._num_sent = self._num_counted = 0
         self._origin_s = 0.0
         self._line = Timeline()
         self._process_seconds = self._counted_s = 0.0
@@ -190,9 +190,15 @@ class LiveRun:
         line.queue_s.append(float(getattr(now, "queue_s", 0.0)))
         line.moved_bytes.append(int(getattr(getattr(status, "balance", None), "moved_bytes_total", 0)))
         tokens = now.prompt_tokens_total + now.generated_tokens_total
-        line.tokens.append(int(tokens - before.prompt_tokens_total - before.generated_tokens_total))
+        tokens -= before.prompt_tokens_total + before.generated_tokens_total
+        line.tokens.append(max(int(tokens) - self._count_ended(), 0))
         self._process_seconds += ready * (at_s - self._counted_s)
         self._counted_s = at_s
+
+    def _count_ended(self) -> int:
+        """Answers that ended since this was last asked: the last token of each does not go through the model."""
+        num, self._num_counted = len(self._answers) - self._num_counted, len(self._answers)
+        return num
 
     def _result(self) -> SimulationResult:
         answers, line = self._answers, self._line

@@ -358,7 +358,7 @@ def test_phases_on_a_real_coordinator(tmp_path: Path) -> None:
     assert (result.ttft_s > 0).all()
     assert (result.e2el_s >= result.ttft_s).all()
     assert result.timeline.hosts[0] == 4
-    assert sum(result.timeline.tokens) > 0
+    assert 0 < sum(result.timeline.tokens) <= result.num_tokens + 3 + 8, "of those under way the last is counted too"
     assert 0 < result.timeline.balancedness[0] <= 1
     assert 1.9 < result.duration_s < 60
     assert result.host_seconds == pytest.approx(4 * result.duration_s, rel=0.3)
