@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from actors.client_tokens import TOKEN_KEY, ClientTokens
 from actors.port_limits import EXPERT_PORT, PortLimits
-from protos.codec import MAX_MESSAGE_BYTES
+from protos.limits import MAX_MESSAGE_BYTES
 
 HANDSHAKE_S = 10
 """Who has connected and not said so far what HTTP/2 begins with is turned away."""

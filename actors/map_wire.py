@@ -1,6 +1,5 @@
 """The expert map as the wire says it. A published map's sizes are claims: they are bounded before anything is built."""
 
-from actors.dispatch.remote_experts import MapRejected
 from cluster.expert_map import ExpertMap, ExpertMapError, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos.coordinator_pb2 import PublishMapRequest, Replica
@@ -56,10 +55,10 @@ def map_to_wire(expert_map: ExpertMap) -> PublishMapRequest:
     )
 
 
-def refused(error: MapRejected, new: ExpertMap, epoch_in_force: int) -> MapRefused:
+def refused(detail: str, new: ExpertMap, epoch_in_force: int) -> MapRefused:
     """What a map that the experts' side rejects is answered with: STALE_EPOCH where only its age is wrong."""
     status = STATUS_STALE_EPOCH if new.epoch <= epoch_in_force else STATUS_INVALID
-    return MapRefused(status, str(error))
+    return MapRefused(status, detail)
 
 
 def _replica(message: Replica) -> ReplicaInfo:

@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from model.checksum import tensor_checksum
+from model.tensor_checksum import tensor_checksum
 
 _ROW_BYTES = 256
 NUM_ROWS = 4

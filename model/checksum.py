@@ -6,7 +6,6 @@ files with their publisher's hashes. What is covered is the caller's to say.
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from google_crc32c import extend
 
 
@@ -14,8 +13,3 @@ def checksum(data: bytes | npt.NDArray[np.uint8], begin: int = 0) -> int:
     """CRC-32C of `data`, going on from `begin`: that of what came before."""
     found: int = extend(begin, data)
     return found
-
-
-def tensor_checksum(tensor: torch.Tensor, begin: int = 0) -> int:
-    """CRC-32C of the bytes of a CPU tensor, in the order of its elements, going on from `begin`."""
-    return checksum(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy(), begin)

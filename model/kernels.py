@@ -1,4 +1,4 @@
-"""The registry of kernels: which there are, which is used where, and trying one before it serves.
+"""The registry of kernels: which there are, and trying one before it serves.
 
 A kernel is one way to hold a weight matrix and to multiply rows by it: `model.packed` has a file for each. Which row
 counts may be used together is found by `model.numerics`.
@@ -14,37 +14,29 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from model.kernel_choice import ROUNDING, lossless_kernel
 from model.packed.base import Kernel, KernelError, PackedLinear
 from model.packed.bf16 import BF16
 from model.packed.fp8 import FP8
 from model.packed.fp16 import FP16
 from model.packed.fp32 import FP32
 from model.packed.int8 import INT8
+from model.storage.torch_dtypes import to_stored
 
 __all__ = ["KERNELS", "Kernel", "KernelError", "PackedLinear"]
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType({kernel.name: kernel for kernel in (FP32, FP16, BF16, INT8, FP8)})
 
-_FOR_EXPERTS = ("bf16", "int8", "fp8")
-
 
 def default_kernel(checkpoint_dtype: torch.dtype, device: torch.device | str) -> str:
-    """The kernel that loses nothing of a checkpoint's weights, or bf16 on CUDA."""
+    """The kernel that loses nothing of a checkpoint's weights in this process, or bf16 on CUDA."""
     device = torch.device(device)
-    if device.type == "cuda":
-        return "bf16"
-    half = checkpoint_dtype in (torch.float16, torch.bfloat16)
-    return "fp16" if half and FP16.usable(device) else "fp32"
+    return lossless_kernel(to_stored(checkpoint_dtype), device.type, packs_half=FP16.usable(device))
 
 
 def backbone_kernel(kernel: str, checkpoint_dtype: torch.dtype, device: torch.device | str) -> str:
-    """What attention, router and head use when `kernel` was asked for.
-
-    Kernels that round (int8, bf16, fp8) are for the experts, where nearly all weights are. Rounding the router
-    would choose other experts, and the head other tokens, to save a tenth of the bytes: the backbone keeps
-    what loses nothing.
-    """
-    return default_kernel(checkpoint_dtype, device) if kernel in _FOR_EXPERTS else kernel
+    """What attention, router and head use when `kernel` was asked for: none that rounds."""
+    return default_kernel(checkpoint_dtype, device) if kernel in ROUNDING else kernel
 
 
 def get_kernel(name: str, device: torch.device | str = "cpu") -> Kernel:

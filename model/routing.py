@@ -7,22 +7,13 @@ Tensor suffixes: L layers, T tokens, K top-k, E experts.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from model.dispatch import DispatchPlan
-
-ExpertIds = npt.NDArray[Any]
-"""uint8, or little-endian uint16 where a layer has more than 256 experts."""
-
-
-def id_dtype(num_experts: int) -> np.dtype[Any]:
-    """The element type of `ExpertIds`."""
-    return np.dtype(np.uint8) if num_experts <= 256 else np.dtype("<u2")
+from model.expert_ids import ExpertIds, id_dtype
 
 
 class RoutingCapture:

@@ -30,12 +30,10 @@ from protos.expert_pb2 import (
     Status,
     Tensor,
 )
+from protos.limits import MAX_MESSAGE_BYTES
 
 if sys.byteorder != "little":
     raise ImportError("protos.codec needs a little-endian machine")
-
-MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-"""The largest serialised message of any service: both ends of every channel refuse more."""
 
 _OVERHEAD_BYTES = 1024  # all that is in a message beside the payload; the text of an error is far shorter
 

@@ -7,7 +7,6 @@ are the weight that they should be, is the receiver's to know; this file makes a
 
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,23 +19,17 @@ from protos.expert_pb2 import (
     STATUS_CORRUPT,
     STATUS_INVALID,
     STATUS_OK,
-    WEIGHT_PART_W1,
-    WEIGHT_PART_W2,
-    WEIGHT_PART_W3,
     ColumnPiece,
     Status,
     Tensor,
-    WeightPart,
 )
+from protos.weight_parts import PARTS
 
 PIECE_BYTES = 1 << 20
 """The most bytes of a weight in one message."""
 
 MAX_WEIGHT_ELEMENTS = 1 << 34
 """The largest weight that anybody may claim to have."""
-
-PARTS: Mapping[str, WeightPart] = {"w1": WEIGHT_PART_W1, "w3": WEIGHT_PART_W3, "w2": WEIGHT_PART_W2}
-"""An expert's weights in one layer by name, in the order in which they are sent."""
 
 _NAMES = {part: name for name, part in PARTS.items()}
 _TENSOR = ColumnPiece.PIECE_FIELD_NUMBER

@@ -3,14 +3,13 @@
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from actors.command.bars import MB
 from actors.command.cache_dir import user_cache_dir
-from model.storage.checkpoint import Checkpoint
 from model.storage.integrity import manifest_places, verified
+from model.storage.ledger import Ledger
 
-MB = 1_000_000
 
-
-def hold_to_manifest(checkpoint: Checkpoint, console: Console) -> Checkpoint:
+def hold_to_manifest(checkpoint: Ledger, console: Console) -> Ledger:
     """The checkpoint with the checksums of its manifest, which is made if there is none. Raises CheckpointError."""
     own_dir = user_cache_dir()
     if any(path.is_file() for path in manifest_places(checkpoint, own_dir)):

@@ -26,7 +26,7 @@ from actors.supervision.launch import check_memory, ensure_supervisor, read_mode
 from actors.supervision.status import ClusterStatus
 from actors.tracing.opening import is_traced
 from cluster.config import ClusterConfig, ConfigError
-from model.storage.checkpoint import Checkpoint
+from model.storage.ledger import Ledger
 
 START_TIMEOUT_S = 1800.0
 
@@ -94,7 +94,7 @@ def _join_ray(
     host: str,
     port: int,
     address: str | None,
-    model: Checkpoint,
+    model: Ledger,
     console: Console,
     undo: ExitStack,
 ) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from actors.command.bars import MB
 from actors.command.cache_dir import user_cache_dir
-from actors.command.manifest import MB, hold_to_manifest
-from model.storage.checkpoint import Checkpoint
+from actors.command.manifest import hold_to_manifest
 from model.storage.integrity import compare, manifest_places, verified
-from model.storage.safetensors_file import CheckpointError
+from model.storage.ledger import Ledger
+from model.storage.safetensors_header import CheckpointError
 
 
 def verify(model: Path, *, quick: bool, make: bool, console: Console) -> None:
@@ -17,7 +18,7 @@ def verify(model: Path, *, quick: bool, make: bool, console: Console) -> None:
 
     Without a manifest `make` makes one, of the files as they are. Raises CheckpointError or ModelConfigError.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Ledger.open(model)
     places = manifest_places(checkpoint, user_cache_dir())
     if not any(path.is_file() for path in places):
         if not make:
@@ -36,7 +37,7 @@ def verify(model: Path, *, quick: bool, make: bool, console: Console) -> None:
     )
 
 
-def _compare(checkpoint: Checkpoint, size: int, console: Console) -> int:
+def _compare(checkpoint: Ledger, size: int, console: Console) -> int:
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("checksums (MB)", total=size // MB)

@@ -250,7 +250,7 @@ class Coordinator:
         try:
             self._experts.apply_map(new)
         except MapRejected as error:
-            raise refused(error, new, self._map_epoch()) from None
+            raise refused(str(error), new, self._map_epoch()) from None
         self._has_map.set()
 
     def _map_epoch(self) -> int:

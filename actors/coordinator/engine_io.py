@@ -5,13 +5,13 @@ Token ids only: text is the ingress's business. Checking what came over the wire
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from actors.coordinator.grammar_mask import Followed
 from cluster.ids import SequenceId
 from cluster.prefix_hash import COMMON_ROOT, BlockKey
 from cluster.sequence import FinishReason
-from model.sampling.masks import TokenMask
-from model.sampling.sampler import PositionLogprobs, SamplingParams, TokenLogprob
+from model.sampling.params import SamplingParams
+from model.sampling.reported import PositionLogprobs, TokenLogprob
 from protos import coordinator_pb2 as pb
 from protos.expert_pb2 import (
     STATUS_CANCELLED,
@@ -21,6 +21,10 @@ from protos.expert_pb2 import (
     STATUS_OVERLOADED,
     Status,
 )
+
+if TYPE_CHECKING:  # what computes needs torch; a front that only checks what it sends does not
+    from actors.coordinator.grammar_mask import Followed
+    from model.sampling.masks import TokenMask
 
 _FINISH: Mapping[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -54,10 +58,10 @@ class GenerationRequest:
     deadline_s: float | None = None
     return_routed_experts: bool = False
     prefix_root: BlockKey = COMMON_ROOT
-    masks: tuple[TokenMask, ...] = ()
+    masks: "tuple[TokenMask, ...]" = ()
     tenant: str = ""
     priority: int = 0
-    grammar: Followed | None = None
+    grammar: "Followed | None" = None
     traceparent: str = ""
 
 

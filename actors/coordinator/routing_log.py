@@ -13,7 +13,8 @@ from actors.coordinator.engine_io import GenerationOutput
 from actors.coordinator.live_sequences import Live, LiveSequences
 from actors.coordinator.trace_tap import TraceTap
 from cluster.step_plan import ScheduledBatch
-from model.routing import ExpertIds, RoutingCapture, experts_of
+from model.expert_ids import ExpertIds
+from model.routing import RoutingCapture, experts_of
 
 
 class RoutingLog:

@@ -31,6 +31,7 @@ from actors.coordinator.engine_io import (
 from actors.coordinator.generate_stream import GenerateStream
 from actors.coordinator.grammars import Grammars, GrammarsBusy
 from actors.coordinator.submit_check import InvalidSubmit, SubmitLimits, check_submit, grammar_of
+from actors.coordinator.token_masks import token_masks
 from actors.coordinator.trace_tap import TooManyListeners
 from actors.map_wire import MapRefused, map_from_wire
 from cluster.expert_map import ExpertMap
@@ -323,7 +324,8 @@ class CoordinatorService(CoordinatorServiceServicer):
             raise _Closed(Failure(STATUS_OVERLOADED, f"{stream.max_requests} requests are open on this stream"))
         if submit.HasField("grammar") and self._grammars is None:
             raise InvalidSubmit("grammar is set, but this coordinator has no tokenizer to follow one with")
-        return check_submit(submit, self._limits, now_s=self._engine.now(), now_unix_s=time.time())
+        request = check_submit(submit, self._limits, now_s=self._engine.now(), now_unix_s=time.time())
+        return replace(request, masks=token_masks(submit.sampling))
 
     def _admit(self, stream: GenerateStream, request_id: int, request: GenerationRequest) -> None:
         assert self._engine is not None, "a request was checked against no engine"

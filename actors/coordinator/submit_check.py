@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from actors.coordinator.engine_io import GenerationRequest
 from cluster.prefix_hash import COMMON_ROOT, MAX_SALT_BYTES, BlockKey, root_key
 from model.grammar.spec import GrammarError, GrammarKind, GrammarSpec
-from model.sampling.masks import BadWords, OnlyTokens, TokenMask
-from model.sampling.sampler import SamplingParams
+from model.sampling.params import SamplingParams
 from protos.coordinator_pb2 import (
     GRAMMAR_KIND_CHOICE,
     GRAMMAR_KIND_JSON_SCHEMA,
@@ -86,7 +85,10 @@ class SubmitLimits:
 
 
 def check_submit(submit: Submit, limits: SubmitLimits, *, now_s: float, now_unix_s: float) -> GenerationRequest:
-    """The request, its deadline on the clock that says `now_s`. Raises InvalidSubmit naming the field."""
+    """The request, its deadline on the clock that says `now_s`. Raises InvalidSubmit naming the field.
+
+    Its `masks` are `actors.coordinator.token_masks`' to make, of what was found good here, and its `grammar` others'.
+    """
     _check_lengths(submit, limits)  # first, so that a message of millions of tokens costs nothing
     for name in ("prompt_token_ids", "stop_token_ids", "generated_token_ids"):
         check_tokens(name, getattr(submit, name), limits)
@@ -110,7 +112,6 @@ def check_submit(submit: Submit, limits: SubmitLimits, *, now_s: float, now_unix
         deadline_s=now_s + _seconds_left(submit, limits, now_unix_s),
         return_routed_experts=submit.return_routed_experts,
         prefix_root=_prefix_root(submit),
-        masks=_masks(submit.sampling),
         tenant=submit.tenant,
         priority=submit.priority,
         traceparent=submit.traceparent if len(submit.traceparent) <= MAX_TRACEPARENT_CHARS else "",
@@ -186,15 +187,6 @@ def _check_token_rules(given: Sampling, limits: SubmitLimits) -> None:
 def _check_count(name: str, count: int, what: str, most: int) -> None:
     if count > most:
         raise InvalidSubmit(f"{name} has {count} {what}, but must have at most {most}")
-
-
-def _masks(given: Sampling) -> tuple[TokenMask, ...]:
-    masks: list[TokenMask] = []
-    if given.allowed_token_ids:
-        masks.append(OnlyTokens(given.allowed_token_ids))
-    if given.bad_words:
-        masks.append(BadWords([list(word.ids) for word in given.bad_words]))
-    return tuple(masks)
 
 
 def _check_turn(submit: Submit) -> None:

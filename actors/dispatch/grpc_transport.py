@@ -17,8 +17,9 @@ import torch
 
 from actors.dispatch.transport import ExpertReply, ExpertRequest, PendingReply, TransportError, WireCounters
 from protos import expert_pb2 as pb
-from protos.codec import MAX_MESSAGE_BYTES, CodecError, encode_request, reply_seed, restore, split_reply
+from protos.codec import CodecError, encode_request, reply_seed, restore, split_reply
 from protos.frames import Frame
+from protos.limits import MAX_MESSAGE_BYTES
 
 LOG = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import torch
 
 from actors.channels import WireCredentials, open_channel
 from actors.expert.model_facts import ModelFacts
-from model.checksum import tensor_checksum
+from model.tensor_checksum import tensor_checksum
 from protos import expert_pb2 as pb
 from protos.codec import CodecError
 from protos.pieces import Piece, PieceRefused, split_piece

@@ -20,11 +20,14 @@ import torch
 from actors.expert.desk import Refused
 from actors.expert.replica import ExpertReplica, state_name
 from cluster.throttle import Throttle, ThrottleState, begin, take
-from model.checksum import tensor_checksum
 from model.storage.checkpoint import Checkpoint, CheckpointError
-from model.storage.safetensors_file import StoredTensor, read_into
+from model.storage.safetensors_file import read_into
+from model.storage.safetensors_header import StoredTensor
+from model.storage.torch_dtypes import to_torch
+from model.tensor_checksum import tensor_checksum
 from protos import expert_pb2 as pb
-from protos.pieces import PARTS, PIECE_BYTES, Piece, encode_no_piece, encode_piece
+from protos.pieces import PIECE_BYTES, Piece, encode_no_piece, encode_piece
+from protos.weight_parts import PARTS
 
 LOG = logging.getLogger(__name__)
 
@@ -151,7 +154,7 @@ class ColumnGiver:
                 weight.layer,
                 weight.expert,
                 weight.part,
-                weight.stored.dtype,
+                to_torch(weight.stored.dtype),
                 weight.shape,
                 offset,
                 part,

@@ -23,8 +23,9 @@ from cluster.throttle import Throttle, begin, take
 from model.experts import Calibrations, ExpertColumn
 from model.kernels import default_kernel
 from model.storage.checkpoint import Checkpoint
+from model.storage.torch_dtypes import to_torch
 from model.storage.weight_source import TensorReader
-from protos.pieces import PARTS
+from protos.weight_parts import PARTS
 
 LOG = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class LayerLoader:
         self._disk = None if disk is None else disk.paced(pace)
         self._why_no_disk = why_no_disk
         self.peers = peers
-        self._kernel = default_kernel(facts.torch_dtype, device) if kernel == "auto" else kernel
+        self._kernel = default_kernel(to_torch(facts.stored_dtype), device) if kernel == "auto" else kernel
         self._device = device
         self._checksums = checksums
         self._pace = pace

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
+from model.storage.ledger import Ledger
+from model.storage.stored_dtype import WEIGHT_DTYPES, StoredDtype
+from protos.weight_parts import PARTS
 
-from model.storage.checkpoint import Checkpoint
-from model.storage.manifest import dtype_name
-from protos.pieces import PARTS
-
-_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {dtype.label: dtype for dtype in WEIGHT_DTYPES}
 _LARGEST = 1 << 24
 
 
@@ -38,7 +36,7 @@ class ModelFacts:
             raise ValueError(f"model_facts: dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "ModelFacts":
+    def of(cls, checkpoint: Ledger) -> "ModelFacts":
         """What a checkpoint says."""
         config = checkpoint.config
         return cls(
@@ -46,7 +44,7 @@ class ModelFacts:
             ffn_size=config.ffn_size,
             num_layers=config.num_layers,
             num_experts=config.num_experts,
-            dtype=dtype_name(checkpoint.dtype),
+            dtype=checkpoint.stored_dtype.label,
         )
 
     @classmethod
@@ -62,7 +60,7 @@ class ModelFacts:
         return asdict(self)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def stored_dtype(self) -> StoredDtype:
         return _DTYPES[self.dtype]
 
     def shape(self, part: str) -> tuple[int, int]:
@@ -73,4 +71,4 @@ class ModelFacts:
     @property
     def layer_bytes(self) -> int:
         """Stored bytes of one expert in one layer."""
-        return len(PARTS) * self.hidden_size * self.ffn_size * self.torch_dtype.itemsize
+        return len(PARTS) * self.hidden_size * self.ffn_size * self.stored_dtype.itemsize

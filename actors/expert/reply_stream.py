@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import grpc
 
-from protos.codec import MAX_MESSAGE_BYTES
+from protos.limits import MAX_MESSAGE_BYTES
 
 MAX_UNREAD_REPLIES = 256
 MAX_UNREAD_BYTES = 2 * MAX_MESSAGE_BYTES

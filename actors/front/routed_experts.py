@@ -15,7 +15,7 @@ import numpy as np
 from actors.front.openai_errors import unsupported
 from actors.front.openai_schema import GenerationRequest
 from model.config import ModelConfig
-from model.routing import id_dtype
+from model.expert_ids import id_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from cluster.desired import DesiredReplica, desired_replicas
 from cluster.desired_set import DesiredSet, Footprint
 from cluster.ids import CoordinatorId
 from cluster.layout import Grain
-from model.kernels import backbone_kernel, default_kernel
-from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert, Owner
+from model.kernel_choice import ROUNDING, cpu_packs_half, lossless_kernel
+from model.storage.ledger import COORDINATOR, Expert, Ledger, Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Blueprint:
     """A cluster on paper. `total_gpus` is what all its nodes have together."""
 
     config: ClusterConfig
-    checkpoint: Checkpoint
+    checkpoint: Ledger
     total_gpus: float
 
     @property
@@ -184,12 +184,12 @@ class Blueprint:
     def _need(self, name: str, owners: list[Owner], device: str, *, kv_bytes: int = 0) -> ActorNeed:
         checkpoint = self.checkpoint
         asked = self.config.kernel
-        kernel = default_kernel(checkpoint.dtype, device) if asked == "auto" else asked
-        if COORDINATOR in owners:
-            kernel = backbone_kernel(kernel, checkpoint.dtype, device)
+        dtype = checkpoint.stored_dtype
+        lossless = lossless_kernel(dtype, device, packs_half=cpu_packs_half())
+        kernel = lossless if asked == "auto" or (COORDINATOR in owners and asked in ROUNDING) else asked
         stored = sum(checkpoint.owned_bytes(owner) for owner in owners)
         names = [tensor for owner in owners for tensor in checkpoint.names(owner)]
-        elements = checkpoint.dtype.itemsize
+        elements = dtype.itemsize
         largest = max(checkpoint.nbytes(tensor) // elements * 4 for tensor in names)
         return ActorNeed(
             name=name,

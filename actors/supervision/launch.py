@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
 
 from actors import ray_runtime
 from actors.channels import WireCredentials
+from actors.gpus import num_gpus
 from actors.ray_runtime import ActorLost, RuntimeFailure
 from actors.supervision.blueprint import Blueprint, process_env
 from actors.supervision.client import CALL_TIMEOUT_S, SUPERVISOR_NAME, SupervisorClient
@@ -22,7 +22,7 @@ from actors.supervision.runtime import Actor, Runtime
 from actors.supervision.supervisor import Supervisor
 from cluster.budget import memory_budget
 from cluster.config import ClusterConfig, ConfigError
-from model.storage.checkpoint import Checkpoint
+from model.storage.ledger import Ledger
 
 READY_POLL_S = 0.5
 START_TIMEOUT_S = 1800.0
@@ -40,7 +40,7 @@ class Endpoints:
     system_fingerprint: str
 
 
-def read_model(config: ClusterConfig) -> Checkpoint:
+def read_model(config: ClusterConfig) -> Ledger:
     """Opens the checkpoint (headers only) and checks the configuration against it.
 
     Raises ConfigError, ModelConfigError or CheckpointError.
@@ -48,16 +48,16 @@ def read_model(config: ClusterConfig) -> Checkpoint:
     path = Path(config.model)
     if not path.is_dir():
         raise ConfigError(f"model is {config.model!r}, but there is no such directory")
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Ledger.open(path)
     config.check_model(checkpoint.config.num_experts, checkpoint.config.max_context)
     config.check_layers(checkpoint.config.num_layers)
     return checkpoint
 
 
-def check_memory(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+def check_memory(config: ClusterConfig, checkpoint: Ledger) -> None:
     """Raises RuntimeFailure when this machine cannot hold the whole cluster."""
     available = psutil.virtual_memory().available
-    needs = Blueprint(config, checkpoint, float(torch.cuda.device_count())).needs(available)
+    needs = Blueprint(config, checkpoint, float(num_gpus())).needs(available)
     budget = memory_budget("this machine", needs, available)
     if not budget.fits:
         raise RuntimeFailure(budget.reason)

@@ -35,8 +35,8 @@ from actors.supervision.verbs import Verbs
 from cluster.config import BalanceMode, ClusterConfig
 from cluster.processes import Phase
 from cluster.reconcile import ReconcileState
-from model.storage.checkpoint import Checkpoint
 from model.storage.integrity import verified
+from model.storage.ledger import Ledger
 
 LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Supervisor:
         self._runtime = runtime
         token = config.auth_token
         # Without a manifest every tensor is read for one: here, once, before anybody loads.
-        checkpoint = verified(Checkpoint.open(Path(config.model)), user_cache_dir()).checkpoint
+        checkpoint = verified(Ledger.open(Path(config.model)), user_cache_dir()).checkpoint
         LOG.info("%s: weights %s", config.model, checkpoint.content_id)
         shape = checkpoint.config
         config.check_model(shape.num_experts, shape.max_context)

@@ -5,33 +5,16 @@ batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.sampling.filters import largest
+from model.sampling.reported import PositionLogprobs, TokenLogprob
 
 
 class LogitsError(ValueError):
     """Logits that are no distribution: NaN, +inf, or nothing but -inf."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """`logprob` is a natural logarithm; `rank` 1 is the most likely, and equal logits share a rank."""
-
-    token: int
-    logprob: float
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class PositionLogprobs:
-    """The token that stands at a position, and the most likely ones, best first (lower id first if equal)."""
-
-    chosen: TokenLogprob
-    top: tuple[TokenLogprob, ...]
 
 
 def position_logprobs(logits_V: Tensor, token: int, num: int) -> PositionLogprobs:

@@ -19,13 +19,12 @@ from torch import Tensor
 from model.sampling.filters import candidates, draw
 from model.sampling.logprobs import (
     LogitsError,
-    PositionLogprobs,
-    TokenLogprob,
     position_logprobs,
     prompt_logprobs,
 )
 from model.sampling.masks import Masked, MaskError
 from model.sampling.params import SamplingParams, SamplingParamsError, uniform
+from model.sampling.reported import PositionLogprobs, TokenLogprob
 
 __all__ = [
     "LogitsError",

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from model.checksum import checksum
-from model.storage.manifest import MANIFEST_NAME, FileHint, Manifest, TensorRecord, dtype_name
-from model.storage.safetensors_file import SLICE_BYTES, CheckpointError
+from model.storage.manifest import MANIFEST_NAME, FileHint, Manifest, TensorRecord
+from model.storage.safetensors_header import SLICE_BYTES, CheckpointError
 from model.storage.strict_json import JSONError, read_object
+from model.storage.torch_dtypes import to_stored
 from model.storage.weight_files import find_weights, index_name, shard_name
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -105,7 +106,9 @@ class ShardedWriter:
                 self._shard = _Shard(self._partial(self._num_shards), self._metadata)
             crc = self._shard.append(name, tensor)
         self._shard_of[name] = self._num_shards
-        self._records[name] = TensorRecord("", dtype_name(tensor.dtype), tuple(tensor.shape), tensor.nbytes, (crc,))
+        self._records[name] = TensorRecord(
+            "", to_stored(tensor.dtype).label, tuple(tensor.shape), tensor.nbytes, (crc,)
+        )
         self._total_bytes += tensor.nbytes
         if self._on_tensor is not None:
             self._on_tensor(name, tensor.nbytes)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.storage.checkpoint import Checkpoint, damaged
-from model.storage.manifest import MANIFEST_NAME, FileHint, Manifest, TensorRecord, dtype_name
-from model.storage.safetensors_file import CheckpointError, StoredTensor, range_checksum
+from model.storage.ledger import Ledger, damaged
+from model.storage.manifest import MANIFEST_NAME, FileHint, Manifest, TensorRecord
+from model.storage.safetensors_header import CheckpointError, StoredTensor, range_checksum
 
 LOG = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ class Verified:
     `made` says that the manifest is new: the weights are believed to be what they are now.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Ledger
     manifest: Path | None
     made: bool
 
 
-def verified(checkpoint: Checkpoint, own_dir: Path, on_bytes: OnBytes = lambda _count: None) -> Verified:
+def verified(checkpoint: Ledger, own_dir: Path, on_bytes: OnBytes = lambda _count: None) -> Verified:
     """The checkpoint, held to its manifest; without one every tensor is read once to make it.
 
     Several processes may do so at once. Raises CheckpointError for a manifest that is none, or of other tensors.
@@ -56,14 +56,14 @@ def verified(checkpoint: Checkpoint, own_dir: Path, on_bytes: OnBytes = lambda _
     return Verified(expecting, None, True)
 
 
-def manifest_places(checkpoint: Checkpoint, own_dir: Path) -> tuple[Path, Path]:
+def manifest_places(checkpoint: Ledger, own_dir: Path) -> tuple[Path, Path]:
     """Where its manifest may lie: beside the weights; in `own_dir`, by its path, so that weights cannot be mistaken."""
     path = checkpoint.path.resolve()
     key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     return checkpoint.path / MANIFEST_NAME, own_dir / "manifests" / f"{path.name}-{key}.json"
 
 
-def make_manifest(checkpoint: Checkpoint, on_bytes: OnBytes = lambda _count: None) -> Manifest:
+def make_manifest(checkpoint: Ledger, on_bytes: OnBytes = lambda _count: None) -> Manifest:
     """Reads every tensor, in the order of the files. Raises CheckpointError."""
     sizes: dict[str, int] = {}
     tensors: dict[str, StoredTensor] = {}
@@ -81,7 +81,7 @@ def make_manifest(checkpoint: Checkpoint, on_bytes: OnBytes = lambda _count: Non
     return Manifest(records, {path.name: FileHint.of(path) for path in sorted(paths)})
 
 
-def compare(checkpoint: Checkpoint, on_bytes: OnBytes = lambda _count: None) -> int:
+def compare(checkpoint: Ledger, on_bytes: OnBytes = lambda _count: None) -> int:
     """Reads every tensor of a checkpoint that is held to its manifest; returns how many there are.
 
     Raises CheckpointError naming file and tensor for the first whose bytes differ.
@@ -96,12 +96,12 @@ def compare(checkpoint: Checkpoint, on_bytes: OnBytes = lambda _count: None) -> 
     return len(names)
 
 
-def _place(checkpoint: Checkpoint, name: str) -> tuple[str, int]:
+def _place(checkpoint: Ledger, name: str) -> tuple[str, int]:
     stored, first, _ = checkpoint.stored(name)
     return stored.path.name, stored.start + first
 
 
-def _checksums(checkpoint: Checkpoint, manifest: Manifest, path: Path) -> dict[str, int]:
+def _checksums(checkpoint: Ledger, manifest: Manifest, path: Path) -> dict[str, int]:
     """By canonical name. Raises CheckpointError unless the manifest is of these very tensors."""
     found: dict[str, int] = {}
     changed: defaultdict[str, list[str]] = defaultdict(list)
@@ -122,7 +122,7 @@ def _checksums(checkpoint: Checkpoint, manifest: Manifest, path: Path) -> dict[s
     return found
 
 
-def _note_changes(checkpoint: Checkpoint, manifest: Manifest) -> None:
+def _note_changes(checkpoint: Ledger, manifest: Manifest) -> None:
     """A file's time proves nothing either way: it only helps who looks for the reason of a difference."""
     for name, hint in manifest.files.items():
         path = checkpoint.path / name
@@ -131,5 +131,5 @@ def _note_changes(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 
 def _is_of(record: TensorRecord, stored: StoredTensor, size: int) -> bool:
-    same = (record.file, record.dtype) == (stored.path.name, dtype_name(stored.dtype)) and record.shape == stored.shape
+    same = (record.file, record.dtype) == (stored.path.name, stored.dtype.label) and record.shape == stored.shape
     return same and record.nbytes == stored.nbytes and len(record.parts) * size == stored.nbytes

@@ -2,7 +2,7 @@
 
 It is made with the checkpoint, or of the files as they are when they are first served, and is what they are held to
 ever after. A tensor that several owners read parts of, as in layouts that fuse the experts, has a checksum for each
-part. Reading tensors and comparing is `model.storage.checkpoint`'s.
+part. Comparing is `model.storage.integrity`'s and `model.storage.checkpoint`'s.
 """
 
 import json
@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from model.storage.safetensors_file import MAX_HEADER_BYTES, CheckpointError, StoredTensor
+from model.storage.safetensors_header import MAX_HEADER_BYTES, CheckpointError, StoredTensor
 from model.storage.strict_json import JSONError, read_object
 
 MANIFEST_NAME = "octavo-manifest.json"
@@ -34,7 +32,7 @@ class TensorRecord:
 
     @classmethod
     def of(cls, stored: StoredTensor, parts: tuple[int, ...]) -> "TensorRecord":
-        return cls(stored.path.name, dtype_name(stored.dtype), stored.shape, stored.nbytes, parts)
+        return cls(stored.path.name, stored.dtype.label, stored.shape, stored.nbytes, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +104,6 @@ class Manifest:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except (JSONError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error})") from None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As torch calls it: float16, bfloat16, …"""
-    return str(dtype).removeprefix("torch.")
 
 
 def _object(value: object) -> dict[str, object]:

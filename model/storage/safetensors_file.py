@@ -1,117 +1,18 @@
-"""One safetensors file: its header, checked against the file, and reads of exact byte ranges.
+"""Tensors of one safetensors file, read by exact byte ranges. What its header says is `safetensors_header`'s."""
 
-Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian header length, a JSON header, the
-tensors back to back). Every claim of the header is checked before anything is allocated for it. Bytes are
-read with `preadv` into memory that already has its place, never mapped: pages of a mapped file would count as
-the reader's memory. Which files make a checkpoint is `model.storage.weight_files`' work, which tensors a model needs
-`model.storage.checkpoint`'s.
-"""
-
-import math
 import mmap
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.checksum import checksum
-from model.storage.strict_json import JSONError, parse_object
-
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-SLICE_BYTES = 8 << 20
-_CHECKED_BYTES = 256 << 10  # what has just been read is still in the core's own cache
-_MAX_RANK = 8
-_MAX_COUNT = 2**48
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class CheckpointError(ValueError):
-    """Weights that cannot be trusted or read; the message names the file, and the tensor if there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as it lies in its file: `nbytes` bytes from byte `start` of the file on."""
-
-    name: str
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class SafetensorsHeader:
-    """What a safetensors file says it holds; `raw` is the JSON as stored."""
-
-    path: Path
-    raw: bytes
-    metadata: dict[str, str]
-    tensors: dict[str, StoredTensor]
-
-
-def read_header(path: Path) -> SafetensorsHeader:
-    """Parse and check the header of one file, reading nothing beyond it.
-
-    Raises CheckpointError for a header that is malformed, names a tensor twice, or does not account for every
-    byte of the file exactly once.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with _opened(path) as fd:
-        file_bytes = os.fstat(fd).st_size
-        raw = _raw_header(path, fd, file_bytes)
-    try:
-        entries = parse_object(raw)
-    except JSONError as error:
-        raise CheckpointError(f"{path}: header: {error}") from None
-    metadata = _metadata(path, entries.pop("__metadata__", {}))
-    data_start = 8 + len(raw)
-    tensors = {name: _entry(path, name, entry, data_start, file_bytes) for name, entry in entries.items()}
-    _check_layout(path, tensors.values(), data_start, file_bytes)
-    return SafetensorsHeader(path, raw, metadata, tensors)
-
-
-class RunningChecksum:
-    """CRC-32C of the bytes that reads brought in so far, taken in memory, of what will be used.
-
-    `on_bytes(count)` is called as they come, and may take its time: what is read next waits for it.
-    """
-
-    def __init__(self, on_bytes: Callable[[int], None] | None = None) -> None:
-        self.value = 0
-        self._on_bytes = on_bytes
-
-    def add(self, data: npt.NDArray[np.uint8]) -> None:
-        self.value = checksum(data, self.value)
-        if self._on_bytes is not None:
-            self._on_bytes(len(data))
+from model.storage.safetensors_header import SLICE_BYTES, RunningChecksum, fill, opened
 
 
 def read_into(path: Path, start: int, target: Tensor, check: RunningChecksum | None = None) -> None:
     """Fill a contiguous CPU tensor with bytes from `start` on. Raises CheckpointError if they end early."""
-    with _opened(path) as fd:
+    with opened(path) as fd:
         _fill(path, fd, start, target, check)
 
 
@@ -129,23 +30,11 @@ def read_slices(
         return
     step = max(1, SLICE_BYTES // dtype.itemsize // unit) * unit
     staging = _pages(min(step, numel), dtype)
-    with _opened(path) as fd:
+    with opened(path) as fd:
         for first in range(0, numel, step):
             part = staging[: min(step, numel - first)]
             _fill(path, fd, start + first * dtype.itemsize, part, check)
             yield part
-
-
-def range_checksum(path: Path, start: int, nbytes: int, on_bytes: Callable[[int], None]) -> int:
-    """CRC-32C of bytes of a file, which are kept nowhere. `on_bytes(count)` is called as they come."""
-    check = RunningChecksum()
-    staging = torch.empty(min(_CHECKED_BYTES, nbytes), dtype=torch.uint8)
-    with _opened(path) as fd:
-        for first in range(0, nbytes, _CHECKED_BYTES):
-            part = staging[: nbytes - first]
-            _fill(path, fd, start + first, part, check)
-            on_bytes(len(part))
-    return check.value
 
 
 def _pages(numel: int, dtype: torch.dtype) -> Tensor:
@@ -153,86 +42,5 @@ def _pages(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize), dtype=dtype)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file descriptor of the file; the operating system's errors in the block become CheckpointError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _fill(path: Path, fd: int, start: int, target: Tensor, check: RunningChecksum | None = None) -> None:
-    view = target.view(-1).view(torch.uint8).numpy()
-    step = SLICE_BYTES if check is None else _CHECKED_BYTES
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done : done + step].data], start + done)
-        if count == 0:
-            raise CheckpointError(f"{path}: ends at byte {start + done}, it was truncated after it was opened")
-        if check is not None:
-            check.add(view[done : done + count])
-        done += count
-
-
-def _raw_header(path: Path, fd: int, file_bytes: int) -> bytes:
-    length_bytes = os.pread(fd, 8, 0)
-    if len(length_bytes) < 8:
-        raise CheckpointError(f"{path}: {file_bytes} bytes are too few for a safetensors file")
-    length = int.from_bytes(length_bytes, "little")
-    if length > MAX_HEADER_BYTES:
-        limit = f"over the limit of {MAX_HEADER_BYTES}; not a safetensors file?"
-        raise CheckpointError(f"{path}: a header of {length} bytes is {limit}")
-    if length > file_bytes - 8:
-        raise CheckpointError(f"{path}: truncated: header of {length} bytes in a file of {file_bytes}")
-    raw = torch.empty(length, dtype=torch.uint8)
-    _fill(path, fd, 8, raw)
-    return raw.numpy().tobytes()
-
-
-def _metadata(path: Path, value: object) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
-    return value
-
-
-def _entry(path: Path, name: str, entry: object, data_start: int, file_bytes: int) -> StoredTensor:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: must have exactly dtype, shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {entry['dtype']!r}; known: {', '.join(_DTYPES)}")
-    dtype = _DTYPES[entry["dtype"]]
-    shape = _counts(f"{where}: shape", entry["shape"])
-    offsets = _counts(f"{where}: data_offsets", entry["data_offsets"])
-    if len(shape) > _MAX_RANK or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: bad rank {len(shape)} or offsets {list(offsets[:2])}")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != nbytes:
-        given = offsets[1] - offsets[0]
-        raise CheckpointError(f"{where}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives {given}")
-    if data_start + offsets[1] > file_bytes:
-        raise CheckpointError(f"{where}: truncated: ends at byte {data_start + offsets[1]} of a file of {file_bytes}")
-    return StoredTensor(name, path, dtype, shape, data_start + offsets[0], nbytes)
-
-
-def _counts(what: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(n) is int and 0 <= n <= _MAX_COUNT for n in value):
-        raise CheckpointError(f"{what} must be a list of whole numbers from 0 to 2^48")
-    return tuple(value)
-
-
-def _check_layout(path: Path, tensors: Iterable[StoredTensor], data_start: int, file_bytes: int) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
-    end = data_start
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
-        if tensor.start != end:
-            what = "overlaps the one before it" if tensor.start < end else f"leaves a hole at byte {end}"
-            raise CheckpointError(f"{path}: tensor {tensor.name!r}: starts at byte {tensor.start} and {what}")
-        end += tensor.nbytes
-    if end != file_bytes:
-        raise CheckpointError(f"{path}: {file_bytes - end} bytes at the end belong to no tensor")
+def _fill(path: Path, fd: int, start: int, target: Tensor, check: RunningChecksum | None) -> None:
+    fill(path, fd, start, target.view(-1).view(torch.uint8).numpy(), check)

@@ -1,7 +1,7 @@
 """What every tensor of a model is called: by this house, by Hugging Face, and by Mistral.
 
 One list, `tensor_specs`, holds for each canonical name its shape, its owner and every place where a
-checkpoint may keep it. Finding these places in files is `model.storage.checkpoint`'s work. Sources:
+checkpoint may keep it. Finding these places in files is `model.storage.ledger`'s work. Sources:
 `modeling_mixtral.py` of transformers 4 (one tensor per expert, which transformers 5 still writes by default)
 and 5 (fused), `mistral-inference`.
 

@@ -1,12 +1,12 @@
 """Which safetensors files make up a checkpoint, and whether they agree with the index that lists them.
 
-Knows file names and JSON indexes, not models: what the tensors mean is `model.storage.checkpoint`'s work.
+Knows file names and JSON indexes, not models: what the tensors mean is `model.storage.ledger`'s work.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.storage.safetensors_file import (
+from model.storage.safetensors_header import (
     MAX_HEADER_BYTES,
     CheckpointError,
     SafetensorsHeader,

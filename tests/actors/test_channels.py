@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from actors.channels import ChannelError, GrpcServer, WireCredentials, join_address, open_channel, serve_grpc
-from protos.codec import MAX_MESSAGE_BYTES
+from protos.limits import MAX_MESSAGE_BYTES
 from tests.support.pki import make_pki
 
 TOKEN = "a-token-of-this-test"

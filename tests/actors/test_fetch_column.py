@@ -18,9 +18,9 @@ import torch
 
 from actors.expert.giving import MAX_RECEIVERS
 from actors.expert.loading import LayerLoader
-from model.checksum import tensor_checksum
 from model.experts import ExpertColumn
 from model.storage.checkpoint import Checkpoint
+from model.tensor_checksum import tensor_checksum
 from protos import expert_pb2 as pb
 from protos.codec import CodecError
 from protos.pieces import PIECE_BYTES, Piece, PieceRefused, encode_no_piece, encode_piece, split_piece

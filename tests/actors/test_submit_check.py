@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from actors.coordinator.submit_check import InvalidSubmit, SubmitLimits, check_submit, grammar_of
+from actors.coordinator.token_masks import token_masks
 from cluster.prefix_hash import COMMON_ROOT, root_key
 from model.grammar.spec import GrammarKind, GrammarSpec
 from protos.coordinator_pb2 import (
@@ -71,7 +72,7 @@ def test_rules_about_tokens_become_bias_and_masks() -> None:
     request = check_submit(submit, LIMITS, now_s=1000.0, now_unix_s=5000.0)
     assert request.sampling.logit_bias == ((7, -1.5), (5, 100.0))
     row = torch.zeros(8)
-    for mask in request.masks:
+    for mask in token_masks(submit.sampling):
         mask.apply(row, [9])
     assert row.isfinite().nonzero().flatten().tolist() == [3]
 
@@ -89,8 +90,9 @@ def test_whose_turn_it_is_passes_within_bounds() -> None:
 
 
 def test_what_is_absent_is_off() -> None:
-    request = check_submit(valid(), LIMITS, now_s=1000.0, now_unix_s=5000.0)
-    assert request.masks == ()
+    submit = valid()
+    request = check_submit(submit, LIMITS, now_s=1000.0, now_unix_s=5000.0)
+    assert token_masks(submit.sampling) == ()
     assert request.sampling.logit_bias == ()
     assert (request.tenant, request.priority) == ("", 0)
     assert (request.num_logprobs, request.num_prompt_logprobs) == (None, None)

@@ -18,7 +18,7 @@ from actors.supervision.status import ClusterStatus
 from model.storage.checkpoint import Checkpoint
 from model.storage.integrity import verified
 from model.storage.manifest import MANIFEST_NAME
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from tests.actors.test_supervisor import config_of, ready, supervised, until
 from tests.support.checkpoints import write_mixtral
 from tests.support.front import run

@@ -25,6 +25,7 @@ from cluster.expert_map import ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from protos import codec
 from protos import expert_pb2 as pb
+from protos.limits import MAX_MESSAGE_BYTES
 from tests.support.experts import FAR_FUTURE_US, WIDTH, FakeColumn, answer, credentials, run, served
 
 
@@ -313,7 +314,7 @@ def test_nobody_there_is_an_error_after_the_time_allowed() -> None:
 def test_rows_that_fit_no_message_are_refused_here() -> None:
     async def work() -> None:
         async with served(FakeColumn(0), experts=[0]) as there, connected(there.info()) as (transport, _):
-            wide = torch.zeros(1024, codec.MAX_MESSAGE_BYTES // 4096)
+            wide = torch.zeros(1024, MAX_MESSAGE_BYTES // 4096)
             too_many = ExpertRequest(0, 1, FAR_FUTURE_US, (ExpertRows(0, slice(0, 1024)),), wide)
             with pytest.raises(ValueError, match="a message of"):
                 transport.forward(too_many)

@@ -10,7 +10,7 @@ import actors.cli
 from model.storage.checkpoint import Checkpoint
 from model.storage.integrity import verified
 from model.storage.manifest import MANIFEST_NAME
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from tests.support.checkpoints import write_mixtral
 
 

@@ -9,8 +9,9 @@ import grpc
 import torch
 
 from actors.channels import WireCredentials, open_channel
-from protos.codec import MAX_MESSAGE_BYTES, describe, encode_request, request_seed, split_reply
+from protos.codec import describe, encode_request, request_seed, split_reply
 from protos.expert_pb2 import STATUS_OK, ForwardRequest, Status
+from protos.limits import MAX_MESSAGE_BYTES
 from tests.fuzz.mutation import damaged
 from tests.fuzz.target import Target
 

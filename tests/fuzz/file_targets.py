@@ -17,7 +17,7 @@ from cluster.routing_trace import TraceError, read_trace, write_trace
 from model.config import ModelConfigError
 from model.storage.config_reader import read_config
 from model.storage.manifest import MANIFEST_NAME, Manifest
-from model.storage.safetensors_file import CheckpointError, read_header
+from model.storage.safetensors_header import CheckpointError, read_header
 from model.storage.strict_json import JSONError, parse_object
 from model.storage.weight_files import index_name, open_weights, shard_name
 from model.text.chat_template import ChatTemplate, ChatTemplateError

@@ -12,7 +12,7 @@ import pytest
 
 from cluster.routing_trace import TraceError, read_trace, write_trace
 from model.storage.manifest import ALGORITHM, MANIFEST_NAME, VERSION, Manifest
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from model.storage.strict_json import JSONError, read_object
 from model.text.chat_messages import ChatTemplateError
 from model.text.jinja_template import JinjaTemplate

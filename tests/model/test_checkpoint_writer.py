@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from model.storage.checkpoint import Checkpoint
 from model.storage.checkpoint_writer import ShardedWriter
 from model.storage.manifest import MANIFEST_NAME
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from model.storage.weight_files import find_weights, index_name, open_weights
 from tests.support.checkpoints import write_mixtral
 from tests.support.crashing_writer import TENSORS

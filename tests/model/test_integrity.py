@@ -16,7 +16,7 @@ from model.storage.checkpoint import COORDINATOR, Checkpoint, Expert
 from model.storage.checkpoint_writer import ShardedWriter
 from model.storage.integrity import Verified, make_manifest, manifest_places, verified
 from model.storage.manifest import MANIFEST_NAME, Manifest
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from model.transformer import Backbone
 from tests.support.checkpoints import write_mistral_consolidated, write_mixtral
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model.dispatch import dispatch
-from model.routing import RoutingCapture, experts_of, id_dtype
+from model.expert_ids import id_dtype
+from model.routing import RoutingCapture, experts_of
 from tests.support.checkpoints import write_dense_llama, write_mixtral
 from tests.support.engines import TinyModel
 from tests.support.routing import plan_experts, routed_alone, routed_by_transformers

@@ -12,14 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.storage.safetensors_file import (
-    MAX_HEADER_BYTES,
-    SLICE_BYTES,
-    CheckpointError,
-    read_header,
-    read_into,
-    read_slices,
-)
+from model.storage.safetensors_file import read_into, read_slices
+from model.storage.safetensors_header import MAX_HEADER_BYTES, SLICE_BYTES, CheckpointError, read_header
+from model.storage.torch_dtypes import to_torch
 
 DTYPES = [
     torch.float64,
@@ -59,7 +54,7 @@ def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[s
 
 def read_whole(path: Path, name: str) -> torch.Tensor:
     stored = read_header(path).tensors[name]
-    target = torch.empty(stored.shape, dtype=stored.dtype)
+    target = torch.empty(stored.shape, dtype=to_torch(stored.dtype))
     read_into(path, stored.start, target)
     assert target.nbytes == stored.nbytes
     return target
@@ -77,7 +72,7 @@ def test_every_file_of_the_library_is_read_back(tmp_path: Path, parts: list[tupl
     for name, tensor in tensors.items():
         stored = header.tensors[name]
         assert (stored.name, stored.path) == (name, path)
-        assert (stored.dtype, stored.shape) == (tensor.dtype, tuple(tensor.shape))
+        assert (to_torch(stored.dtype), stored.shape) == (tensor.dtype, tuple(tensor.shape))
         assert torch.equal(read_whole(path, name).view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.storage.safetensors_file import CheckpointError
+from model.storage.safetensors_header import CheckpointError
 from model.storage.weight_files import find_weights, index_name, open_weights, shard_name
 
 ONE, TWO = shard_name(1, 2), shard_name(2, 2)

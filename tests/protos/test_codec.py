@@ -19,6 +19,7 @@ from protos.expert_pb2 import (
     ForwardRequest,
     Tensor,
 )
+from protos.limits import MAX_MESSAGE_BYTES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -234,8 +235,8 @@ def test_a_reply_without_output_is_an_error_report() -> None:
 @pytest.mark.parametrize(("width", "dtype"), [(4096, torch.float32), (4096, torch.bfloat16), (1, torch.float16)])
 def test_the_largest_message_fits_exactly(width: int, dtype: torch.dtype) -> None:
     rows = codec.max_rows_for(width, dtype)
-    assert codec.message_bytes_for(rows, width, dtype) <= codec.MAX_MESSAGE_BYTES
-    assert codec.message_bytes_for(rows + 1, width, dtype) > codec.MAX_MESSAGE_BYTES
+    assert codec.message_bytes_for(rows, width, dtype) <= MAX_MESSAGE_BYTES
+    assert codec.message_bytes_for(rows + 1, width, dtype) > MAX_MESSAGE_BYTES
 
 
 def test_the_estimate_bounds_a_real_message() -> None:
@@ -252,4 +253,4 @@ def test_the_estimate_bounds_a_real_message() -> None:
 
 def test_a_row_that_fits_no_message_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit a message"):
-        codec.max_rows_for(codec.MAX_MESSAGE_BYTES, torch.float32)
+        codec.max_rows_for(MAX_MESSAGE_BYTES, torch.float32)
