@@ -239,7 +239,7 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Of the router's clustering.")] = 0,
 ) -> None:
     """Turn a dense checkpoint into a mixture of experts that says the same (sparse upcycling)."""
-    from actors.command.demo_model import upcycle_with_progress
+    from actors.command.upcycling import upcycle_with_progress
 
     upcycle_with_progress(source, dest, num_experts=experts, top_k=top_k, seed=seed, console=terminal())
 

