@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.coordinator.actor import Coordinator
+from actors.coordinator.process import CoordinatorProcess
 from actors.expert.process import ExpertProcess
 from actors.supervision.blueprint import Blueprint, process_env
 from actors.supervision.crew import Crew
@@ -289,7 +289,7 @@ class CoordinatorKeeper:
         self.fleet.start(
             coordinator_id,
             incarnation,
-            Coordinator,
+            CoordinatorProcess,
             self.blueprint.coordinator_kwargs(coordinator_id, node_id, self.token, threads, nodes.address(node_id)),
             env=process_env(threads),
             node_id=node_id,
