@@ -3,7 +3,7 @@
     serve run actors.ingress:build_app model=/path/to/checkpoint replicas=2
 
 Routes are `actors.front.http_app`'s work, the cluster behind them `actors.supervision.launch`'s. Only this file and
-`actors.ray_runtime` know Ray Serve.
+`actors.ray_serve` know Ray Serve.
 """
 
 import asyncio

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ray
-from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.utils import get_ray_address_file, read_ray_address
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -33,6 +31,8 @@ from cluster.placement import is_role
 LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+RayError = ray.exceptions.RayError
 
 NODE_ID_LABEL = "ray.io/node-id"
 POLL_PAUSE_S = 0.5
@@ -88,7 +88,7 @@ class ActorRef:
                 return await asyncio.wrap_future(reference.future())
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise self._lost(error) from None
         except TimeoutError:
             raise TimeoutError(f"{self.name}.{method} did not answer within {timeout_s:g} s") from None
@@ -101,26 +101,37 @@ class ActorRef:
             raise TimeoutError(f"{self.name}.{method} did not answer within {timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise self._lost(error) from None
 
     def _lost(self, error: Exception) -> ActorLost:
         kind = ActorUnreachable if isinstance(error, ray.exceptions.ActorUnavailableError) else ActorLost
-        return kind(f"{self.name}: {_first_line(error)}")
+        return kind(f"{self.name}: {first_line(error)}")
 
     def kill(self) -> None:
         """Ends the actor's process at once. Killing a dead actor is no error."""
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+        with contextlib.suppress(RayError, ValueError):
             ray.kill(self._handle, no_restart=True)
 
 
-def start_local(namespace: str, *, num_cpus: int | None = None, num_gpus: int | None = None) -> None:
+def start_local(
+    namespace: str,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    meanwhile: Callable[[], object] | None = None,
+) -> None:
     """Starts a Ray of this process's own; it ends with the process. Raises RuntimeFailure.
+
+    What is to be imported `meanwhile`, is imported by a thread while this one waits for Ray's processes. It must be
+    something that will be imported again, where it is needed: there an error shows.
 
     Ray's own ports listen on every interface and cannot be told otherwise; what keeps strangers out is its token,
     which a local cluster asks for unless RAY_AUTH_MODE says differently (it must be set before Ray is imported).
     """
     local_ray.tell(os.environ)
+    if meanwhile is not None:
+        _import_beside(meanwhile)
     for last in (False, True):  # Ray gives its processes 30 s, which a busy machine may need twice
         try:
             ray.init(
@@ -138,8 +149,18 @@ def start_local(namespace: str, *, num_cpus: int | None = None, num_gpus: int | 
         except Exception as error:  # noqa: BLE001 - Ray raises bare ones, "timed out during startup" among them
             ray.shutdown()
             if last:
-                raise RuntimeFailure(f"Ray did not start: {_first_line(error)}") from None
-            LOG.warning("Ray did not start, trying once more: %s", _first_line(error))
+                raise RuntimeFailure(f"Ray did not start: {first_line(error)}") from None
+            LOG.warning("Ray did not start, trying once more: %s", first_line(error))
+
+
+def _import_beside(meanwhile: Callable[[], object]) -> None:
+    """In a thread, but what Ray imports first of all before that.
+
+    Two threads in one package's circle of imports could each find it half made.
+    """
+    from ray.dashboard import optional_deps  # noqa: F401
+
+    threading.Thread(target=meanwhile, name="meanwhile", daemon=True).start()
 
 
 def connect(address: str, namespace: str) -> None:
@@ -147,8 +168,8 @@ def connect(address: str, namespace: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
-    except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as error:
-        raise RuntimeFailure(f"no Ray cluster at {address!r}: {_first_line(error)}") from None
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        raise RuntimeFailure(f"no Ray cluster at {address!r}: {first_line(error)}") from None
     _pace_error_listener()
 
 
@@ -226,8 +247,8 @@ def nodes() -> tuple[RayNode, ...]:
     """All living nodes, by id. Raises RuntimeFailure when Ray's head does not answer for long."""
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]
-    except ray.exceptions.RayError as error:
-        raise RuntimeFailure(f"Ray's head did not say which nodes there are: {_first_line(error)}") from None
+    except RayError as error:
+        raise RuntimeFailure(f"Ray's head did not say which nodes there are: {first_line(error)}") from None
     return tuple(
         RayNode(
             node_id=node["NodeID"],
@@ -275,8 +296,8 @@ def request_nodes(num: int, resource: str, without: Collection[str] = ()) -> Non
     try:
         is_autoscaler_v2(fetch_from_server=True)  # Ray remembers what the first cluster of this process had
         request_resources(bundles=[{resource: 1}] * num, bundle_label_selectors=[selector] * num)
-    except (ray.exceptions.RayError, RuntimeError, OSError) as error:
-        raise RuntimeFailure(f"Ray's head could not be asked for nodes: {_first_line(error)}") from None
+    except (RayError, RuntimeError, OSError) as error:
+        raise RuntimeFailure(f"Ray's head could not be asked for nodes: {first_line(error)}") from None
 
 
 def find(name: str, namespace: str) -> ActorRef | None:
@@ -341,33 +362,8 @@ def spawn(
     )
     try:
         return ActorRef(name, options.remote(**kwargs))
-    except (ValueError, ray.exceptions.RayError) as error:
-        raise RuntimeFailure(f"{name} could not be started: {_first_line(error)}") from None
-
-
-def start_http(host: str, port: int) -> None:
-    """Starts Serve's HTTP proxy. Raises RuntimeFailure if the port is taken."""
-    check_port(host, port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    options = HTTPOptions(host=host, port=port, keep_alive_timeout_s=75)
-    try:
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options)
-    except (RuntimeError, ray.exceptions.RayError) as error:
-        raise RuntimeFailure(f"the HTTP proxy did not start: {_first_line(error)}") from None
-
-
-def deploy(application: serve.Application, *, name: str) -> None:
-    """Deploys a Serve application and waits until it answers. Raises RuntimeFailure."""
-    try:
-        serve.run(application, name=name, route_prefix="/")
-    except (RuntimeError, ray.exceptions.RayError) as error:
-        raise RuntimeFailure(f"the HTTP front door did not start: {_first_line(error)}") from None
-
-
-def undeploy(name: str, *, wait: bool = True) -> None:
-    """Ends an application, whose replicas first answer what they have. Serve itself, which others may use, stays."""
-    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-        serve.delete(name, _blocking=wait)
+    except (ValueError, RayError) as error:
+        raise RuntimeFailure(f"{name} could not be started: {first_line(error)}") from None
 
 
 def check_port(host: str, port: int) -> None:
@@ -384,10 +380,11 @@ def check_port(host: str, port: int) -> None:
 def _cause(error: Any) -> BaseException:
     """What the actor's method itself raised, without Ray's wrapper."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else RuntimeFailure(_first_line(error))
+    return cause if isinstance(cause, BaseException) else RuntimeFailure(first_line(error))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a person needs to read of an error of Ray's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and "creation task" in lines[0]:
         return lines[-1]  # what the constructor raised, below its traceback

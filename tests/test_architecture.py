@@ -42,7 +42,7 @@ NEVER_STDLIB = {
 }
 OWNERS = {  # an outside world -> the only modules that may import it
     "ray": {"actors/ray_runtime.py"},
-    "ray.serve": {"actors/ray_runtime.py", "actors/ingress.py"},
+    "ray.serve": {"actors/ray_serve.py", "actors/ingress.py"},
 }
 
 

@@ -19,7 +19,6 @@ from actors.command.progress import show_placement, watch_start
 from actors.command.stages import Stages
 from actors.command.stop_signals import StopSignals
 from actors.front.key_file import load_keys
-from actors.ingress import build_app
 from actors.ray_runtime import RuntimeFailure
 from actors.supervision.client import SupervisorClient, find_supervisor
 from actors.supervision.launch import check_memory, ensure_supervisor, read_model
@@ -103,11 +102,16 @@ def _join_ray(
         record = undo.enter_context(LocalRecord(user_cache_dir()).hold(f"http://{host}:{port}"))
         check_memory(config, model)
         console.print("starting Ray ...")
-        ray_runtime.start_local(config.namespace)
+        ray_runtime.start_local(config.namespace, meanwhile=_import_front_door)
         record.write(ray_address=ray_runtime.address())
     else:
         ray_runtime.connect(address, config.namespace)
     undo.callback(ray_runtime.disconnect)
+
+
+def _import_front_door() -> None:
+    """Serve, FastAPI and the ingress take a second to import: while Ray starts, there is a processor for it."""
+    import actors.command.front_door  # noqa: F401
 
 
 def _open_front_door(config: ClusterConfig, host: str, port: int, stages: Stages) -> Future[None]:
@@ -117,8 +121,9 @@ def _open_front_door(config: ClusterConfig, host: str, port: int, stages: Stages
     def work() -> None:
         try:
             with stages.stage("HTTP"):
-                ray_runtime.start_http(host, port)
-                ray_runtime.deploy(build_app(config), name=config.namespace)
+                from actors.command.front_door import open_front_door
+
+                open_front_door(config, host, port)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits, whatever it is
             opened.set_exception(error)
         else:
@@ -138,9 +143,11 @@ def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClien
 
 def _undeploy(name: str, supervisor: SupervisorClient, stop: StopSignals) -> None:
     """Ends the front door, whose requests have ended; in a hurry, those that have not are ended first."""
-    if not stop.unless_hurried(lambda: ray_runtime.undeploy(name)):
+    from actors.command.front_door import end_front_door
+
+    if not stop.unless_hurried(lambda: end_front_door(name)):
         supervisor.retire()
-        ray_runtime.undeploy(name, wait=False)
+        end_front_door(name, wait=False)
 
 
 def _poll(supervisor: SupervisorClient, stop: threading.Event) -> ClusterStatus:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors import ray_runtime
+from actors import ray_runtime, ray_serve
 from actors.front.coordinator_client import CoordinatorClient
 from actors.ingress import build_app, limits_of
 from actors.supervision.launch import ensure_cluster
@@ -66,9 +66,9 @@ def run(plan: Plan, out: JsonLines, console: Console) -> None:
         cluster = ClusterContestant("octavo", plan.config, len(os.sched_getaffinity(0)), console)
         undo.callback(cluster.close)
         port = _free_port()
-        ray_runtime.start_http(HOST, port)
-        ray_runtime.deploy(build_app(cluster.config), name=plan.config.namespace)
-        undo.callback(ray_runtime.undeploy, plan.config.namespace)
+        ray_serve.start_http(HOST, port)
+        ray_serve.deploy(build_app(cluster.config), name=plan.config.namespace)
+        undo.callback(ray_serve.undeploy, plan.config.namespace)
         endpoints = asyncio.run(ensure_cluster(cluster.config))
         beside = start_http_process(endpoints, REQUEST_TIMEOUT_S, limits_of(plan.config).max_requests)
         undo.callback(beside.close)
