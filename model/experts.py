@@ -129,20 +129,18 @@ class ExpertColumn:
         calibrated: Calibrations | None = None,
         *,
         graphs: bool = True,
-        read_as: torch.dtype = torch.float32,
     ) -> "ExpertColumn":
         """Read and pack one tensor at a time, so that memory peaks at the packed weights and one fp32 tensor.
 
         `on_tensor(name, packed bytes)` is called for each. `calibrated` lets columns of one process share
-        row classes. `read_as` may be the dtype that all these weights are stored in: what is known to fit need not be
-        compared. Without `graphs` a GPU is given kernel after kernel, for comparison. Raises KernelError when
+        row classes. Without `graphs` a GPU is given kernel after kernel, for comparison. Raises KernelError when
         `kernel` is not usable here, CheckpointError when a tensor is not.
         """
         device = torch.device(device)
         prepare_device(device)
         chosen = get_kernel(kernel, device)
         self_test(kernel, device)
-        ffns = {layer: _load_ffn(checkpoint, layer, expert, chosen, device, on_tensor, read_as) for layer in layers}
+        ffns = {layer: _load_ffn(checkpoint, layer, expert, chosen, device, on_tensor) for layer in layers}
         return cls(expert, ffns, device, {} if calibrated is None else calibrated, graphs=graphs)
 
     def absorb(self, other: "ExpertColumn") -> None:
@@ -258,11 +256,10 @@ def _load_ffn(
     kernel: Kernel,
     device: torch.device,
     on_tensor: OnTensor | None,
-    read_as: torch.dtype,
 ) -> ExpertFFN:
     def packed(*parts: str) -> PackedLinear:
         names = [f"layers.{layer}.experts.{expert}.{part}" for part in parts]
-        weight = kernel.pack_parts(_read_each(checkpoint, names, device, read_as))
+        weight = kernel.pack_parts(_read_each(checkpoint, names, device))
         release_freed_memory()
         if on_tensor is not None:
             for name in names:
@@ -273,11 +270,9 @@ def _load_ffn(
     return ExpertFFN(gate_up, packed("w2"))
 
 
-def _read_each(
-    checkpoint: TensorReader, names: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> Iterator[Tensor]:
+def _read_each(checkpoint: TensorReader, names: Sequence[str], device: torch.device) -> Iterator[Tensor]:
     for name in names:
-        yield checkpoint.read(name, dtype, device)
+        yield checkpoint.read(name, torch.float32, device)
         release_freed_memory()
 
 

@@ -122,7 +122,7 @@ class LayerLoader:
         if self._disk is None:
             asked = ", ".join(peer.address for peer in self.peers) or "nobody"
             raise LoadError(f"expert {expert}, layer {layer}: not had from peers ({asked}), and {self._why_no_disk}")
-        column = self._pack(self._disk, expert, layer, self._disk.dtype)
+        column = self._pack(self._disk, expert, layer)
         num_bytes = sum(self._disk.nbytes(f"layers.{layer}.experts.{expert}.{part}") for part in PARTS)
         self._progress.loaded_from_disk_bytes += num_bytes
         self._progress.bytes_loaded += num_bytes
@@ -144,7 +144,7 @@ class LayerLoader:
         pieces = peer.fetch(expert, layer)
         weights = PeerWeights(pieces, expert, layer, self.facts, self._checksums, self._pace)
         try:
-            column = self._pack(weights, expert, layer, torch.float32)  # whatever the peer says that they are
+            column = self._pack(weights, expert, layer)
         except PeerError as error:
             peer.strikes += error.is_fault
             LOG.warning("expert %d, layer %d: %s", expert, layer, error)
@@ -155,11 +155,9 @@ class LayerLoader:
         self._progress.bytes_loaded += weights.received_bytes
         return column
 
-    def _pack(self, source: TensorReader, expert: int, layer: int, dtype: torch.dtype) -> ExpertColumn:
+    def _pack(self, source: TensorReader, expert: int, layer: int) -> ExpertColumn:
         layers = range(layer, layer + 1)
-        return ExpertColumn.load(
-            source, expert, layers, self._kernel, self._device, None, self._calibrated, read_as=dtype
-        )
+        return ExpertColumn.load(source, expert, layers, self._kernel, self._device, None, self._calibrated)
 
 
 def open_disk(model: str, checksums: Mapping[str, int]) -> Checkpoint:

@@ -81,13 +81,10 @@ def pack_fp16(parts: Iterable[Tensor]) -> PackedLinear:
     """Pack when every weight, times a common power of two, is exactly an fp16 number; else keep fp32.
 
     The power of two is for bf16 weights, whose smallest values lie below fp16's range while the largest
-    leave its upper half unused. A weight that is given in fp16 needs no comparison, only a look for infinity and NaN.
+    leave its upper half unused.
     """
-    given_OI = joined(parts)
-    is_half = given_OI.dtype is torch.float16 and _is_finite(given_OI)
-    weight_OI = given_OI.to(torch.float32)
-    del given_OI
-    scale = 1.0 if is_half else _lossless_scale(weight_OI)
+    weight_OI = joined(parts).to(torch.float32)
+    scale = next((scale for scale in (1.0, _largest_scale(weight_OI)) if fits_fp16(weight_OI, scale)), None)
     if scale is None:
         return pack_fp32([weight_OI])
     _accept_deprecation()
@@ -110,12 +107,7 @@ def fits_fp16(weight_OI: Tensor, scale: float = 1.0) -> bool:
             part = part * scale
         if not torch.equal(part.to(torch.float16).to(part.dtype), part):  # NaN differs from itself, infinity does not
             return False
-    return _is_finite(weight_OI)
-
-
-def _lossless_scale(weight_OI: Tensor) -> float | None:
-    """1, or another power of two with which all elements fit; None where there is none."""
-    return next((scale for scale in (1.0, _largest_scale(weight_OI)) if fits_fp16(weight_OI, scale)), None)
+    return all(math.isfinite(bound) for bound in _bounds(weight_OI))
 
 
 def _largest_scale(weight_OI: Tensor) -> float:
@@ -123,10 +115,6 @@ def _largest_scale(weight_OI: Tensor) -> float:
     low, high = _bounds(weight_OI)
     largest = max(-low, high)
     return 2.0 ** (15 - math.frexp(largest)[1]) if 0.0 < largest < math.inf else 1.0
-
-
-def _is_finite(weight_OI: Tensor) -> bool:
-    return all(math.isfinite(bound) for bound in _bounds(weight_OI))
 
 
 def _bounds(weight_OI: Tensor) -> tuple[float, float]:

@@ -93,22 +93,6 @@ def test_a_row_has_the_same_bits_in_any_company(fp16_path: Path, kernel: str) ->
     assert column.forward(0, x_MD[:0]).shape == (0, 72)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kernel", ["fp16", "fp32", *sorted(ROUNDING)])
-def test_weights_that_are_read_as_they_are_stored_answer_in_the_same_bits(
-    tmp_path: Path, kernel: str, stored: torch.dtype
-) -> None:
-    write_mixtral(tmp_path, dtype=stored)
-    checkpoint = Checkpoint.open(tmp_path)
-    assert checkpoint.dtype == stored
-    widened = ExpertColumn.load(checkpoint, 1, range(1), kernel, "cpu")
-    as_stored = ExpertColumn.load(checkpoint, 1, range(1), kernel, "cpu", read_as=stored)
-    assert as_stored.numerics_domain == widened.numerics_domain
-    assert as_stored.canary(0) == widened.canary(0)
-    x_MD = torch.randn(19, checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(3))
-    assert same_bits(as_stored.forward(0, x_MD), widened.forward(0, x_MD))
-
-
 def test_a_neighbours_nan_does_not_spread(fp16_path: Path) -> None:
     column = ExpertColumn.load(Checkpoint.open(fp16_path), 0, range(1), "fp16", "cpu")
     x_MD = torch.randn(9, 72)
