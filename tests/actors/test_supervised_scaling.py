@@ -67,7 +67,7 @@ def held(runtime: InProcessRuntime, coordinator_id: str) -> Callable[[], None]:
     """
     actor = runtime.find(f"coordinator/{coordinator_id}/1", "space")
     assert actor is not None
-    return hold_steps(actor.target._engine, FREE_STEPS).set
+    return hold_steps(actor.target.actor._engine, FREE_STEPS).set
 
 
 def test_coordinators_follow_the_load_and_no_stream_is_hurt(model: Path) -> None:
