@@ -28,7 +28,8 @@ from cluster.simulated_servers import Servers
 class SimulationConfig:
     """The machines and the rules. Times in seconds.
 
-    `cost` is of one call on a host of speed 1, `step_cost` of the coordinator (a for a step, b for each of its tokens).
+    `cost` is of one call on a host of speed 1, `step_cost` of the coordinator (a for a step, b for each of its tokens),
+    which also takes `message_s` to send a host its rows and `answer_s` to take an answer in, one after another.
     `split`: batches past the ridge are split among copies. `apart`: experts on a host are processes of their own
     (`simulated_servers`). `window_s`: how often the policy is asked, on the work of up to `num_windows`. `locality_s`:
     a step's routing is the trace's from at most so much later. After `max_steps` the simulation stops, whatever is left
@@ -40,6 +41,8 @@ class SimulationConfig:
 
     cost: ServiceTime
     step_cost: ServiceTime
+    message_s: float = 0.0
+    answer_s: float = 0.0
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
     window_s: float = 10.0
@@ -60,6 +63,10 @@ class SimulationConfig:
             raise ValueError(
                 f"window_s is {self.window_s}, num_windows {self.num_windows}, locality_s {self.locality_s}, "
                 f"max_steps {self.max_steps}: all above 0"
+            )
+        if not (0 <= self.message_s < np.inf and 0 <= self.answer_s < np.inf):
+            raise ValueError(
+                f"message_s is {self.message_s}, answer_s {self.answer_s}, but both must be at least 0 and finite"
             )
         if not self.loading_slows >= 1:
             raise ValueError(f"loading_slows is {self.loading_slows}, but it must be at least 1")
@@ -99,7 +106,8 @@ class _Window:
 class SimulationResult:
     """What came of it. Times of each finished request in seconds; `tpot_s` only of answers of two tokens or more.
 
-    `waited_rows` are those of the hosts that steps waited for, summed over layers and steps.
+    `waited_rows` are those of the hosts that steps waited for, summed over layers and steps; `answers_s` passed from
+    when the last host was done until its answer was taken in. `num_messages` were sent to hosts, or to processes.
     """
 
     duration_s: float
@@ -115,6 +123,8 @@ class SimulationResult:
     timeline: Timeline
     log: tuple[Logged, ...]
     waited_rows: float = 0.0
+    answers_s: float = 0.0
+    num_messages: int = 0
 
 
 def simulate(
@@ -169,8 +179,8 @@ class _Run:
         self._slowed: list[tuple[float, NodeId, float]] = []
         self._asked_about: Layout | None = None
         self.now_s = 0.0
-        self.num_steps = self.num_tokens = 0
-        self.waited_rows = 0.0
+        self.num_steps = self.num_tokens = self.num_messages = 0
+        self.waited_rows = self.answers_s = 0.0
         self.timeline = Timeline()
         self.cluster = SimulatedCluster(
             Layout.empty(grain, hosts),
@@ -206,23 +216,26 @@ class _Run:
             self.now_s = min(max(self.engine.next_arrival_s, self.now_s), window_end_s)
             return
         tokens_LE = self.tokens.counts(self.now_s, self.num_tokens, num)
-        rows_LN, seconds_LN = self.servers.work(tokens_LE)
-        slowest_L = seconds_LN.argmax(axis=1)
-        waited_s = float(seconds_LN[self._layers_L, slowest_L].sum())
-        self.waited_rows += float(rows_LN[self._layers_L, slowest_L].sum())
+        worked = self.servers.work(tokens_LE)
+        slowest_L = worked.seconds_LN.argmax(axis=1)
+        waited_s = float(worked.ended_L.sum())
+        self.waited_rows += float(worked.rows_LN[self._layers_L, slowest_L].sum())
+        self.answers_s += waited_s - float(worked.seconds_LN[self._layers_L, slowest_L].sum())
         slows = self.config.loading_slows if self.cluster.is_loading(self.now_s) else 1.0
         waited_s *= slows
-        step_s = self.config.step_cost.seconds(num) * slows + waited_s
+        own_s = self.config.step_cost.seconds(num) + self.config.message_s * worked.num_messages
+        step_s = own_s * slows + waited_s
         self.now_s += step_s
         self.engine.end_step(self.now_s)
         self.num_steps += 1
         self.num_tokens += num
+        self.num_messages += worked.num_messages
         self.window.tokens += num
         self.window.steps += 1
         self.window.step_s += step_s
         self.window.tokens_LE += tokens_LE
         self.window.calls_LE += tokens_LE > 0
-        self.window_seconds_LN += seconds_LN
+        self.window_seconds_LN += worked.seconds_LN
         self.window_critical_s += waited_s
 
     def _may_mend(self) -> bool:
@@ -265,6 +278,8 @@ class _Run:
             timeline=self.timeline,
             log=tuple(self.cluster.log),
             waited_rows=self.waited_rows,
+            answers_s=self.answers_s,
+            num_messages=self.num_messages,
         )
 
     def _ask(self) -> None:
@@ -333,7 +348,9 @@ class _Run:
             self._clear_seconds()
             return
         selector = SelectorPolicy(split=self.config.split)
-        self.servers = Servers(layout, self.config.cost, selector, apart=self.config.apart)
+        self.servers = Servers(
+            layout, self.config.cost, selector, apart=self.config.apart, answer_s=self.config.answer_s
+        )
         self._clear_seconds()
 
 

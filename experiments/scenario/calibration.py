@@ -26,17 +26,36 @@ CORRECTIONS = 400
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """Totals between two snapshots: steps, seconds of the coordinator and of waiting, rows by expert (L, E)."""
+    """Totals between two snapshots: steps, seconds of the coordinator and of waiting, rows by expert (L, E), messages
+    to experts.
+    """
 
     steps: int
     own_s: float
     wait_s: float
     load_LE: FloatArray
+    messages: int = 0
 
     @property
     def busiest(self) -> float:
         """Rows of the busiest expert in a mean step, summed over layers; a step asks at least one row of somebody."""
         return float(np.maximum(self.load_LE.max(axis=1) / self.steps, 1.0).sum())
+
+    @property
+    def token_s(self) -> float:
+        """Seconds for a row of the first layer, of which every token has as many."""
+        return (self.own_s + self.wait_s) / float(self.load_LE[0].sum())
+
+
+def together(several: Sequence[Measured]) -> Measured:
+    """At least one, summed."""
+    return Measured(
+        steps=sum(one.steps for one in several),
+        own_s=sum(one.own_s for one in several),
+        wait_s=sum(one.wait_s for one in several),
+        load_LE=np.sum([one.load_LE for one in several], axis=0),
+        messages=sum(one.messages for one in several),
+    )
 
 
 def measured(before: SnapshotReply, after: SnapshotReply, busy_s: float = 0.0) -> Measured:
@@ -55,7 +74,13 @@ def measured(before: SnapshotReply, after: SnapshotReply, busy_s: float = 0.0) -
     load_LE = np.array([layer.tokens for layer in after.load], np.float64)
     if before.load:
         load_LE -= np.array([layer.tokens for layer in before.load], np.float64)
-    return Measured(steps=steps, own_s=max(passed("step_s_total"), busy_s) - wait_s, wait_s=wait_s, load_LE=load_LE)
+    return Measured(
+        steps=steps,
+        own_s=max(passed("step_s_total"), busy_s) - wait_s,
+        wait_s=wait_s,
+        load_LE=load_LE,
+        messages=int(passed("wire_messages_total")),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

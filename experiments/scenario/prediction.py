@@ -1,13 +1,10 @@
-"""What one live run tells the simulator, and what it then says of a policy.
+"""What the simulator says of a policy with what `learning` made of a live run.
 
-A host is a Ray node; whom a step waits for is its busiest node, or its busiest expert where each has a device of its
-own. Those of single steps have more rows than those of a mean step: the run that told the constants is simulated too,
-and they are fitted again (`experiments.scenario.calibration`). L layers, E experts, N hosts or experts, W windows.
+A host is a Ray node. L layers, E experts, W windows.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,91 +19,30 @@ from cluster.policy_check import within_bounds
 from cluster.routing_trace import RoutingTrace
 from cluster.service_time import ServiceTime
 from cluster.simulate import SimulationConfig, SimulationResult, simulate
-from experiments.scenario.calibration import calibrate, drawing_weights, measured
 from experiments.scenario.copying import CopyCost
 from experiments.scenario.load import PhaseLoad, closed_loops, phase_loads
 from experiments.scenario.nodes import NUM_DEVICES
 from experiments.scenario.schema import Scenario
 from experiments.simulation.synthetic_routing import RoutingModel, route
-from protos.coordinator_pb2 import SnapshotReply
 
 NUM_ROUTED = 5000
-NUM_REFINED = 2  # as in `experiments.scenario.fidelity`
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """One policy's live run: its result, the coordinator's counters at the ends of windows, and how it all began.
-
-    `copy` was measured after the first policy's.
-    """
-
-    result: SimulationResult
-    snapshots: tuple[tuple[float, SnapshotReply], ...]
-    first: ClusterStatus
-    copy: CopyCost | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the first run told: constants, where each expert was, rows by layer and expert in each window."""
+    """What the first run told: constants, where each expert was, rows by layer and expert in each window.
+
+    `message_s` and `answer_s` as in `SimulationConfig`.
+    """
 
     cost: ServiceTime
     step_cost: ServiceTime
+    message_s: float
+    answer_s: float
     copy: CopyCost
     places: tuple[tuple[int, NodeId], ...]
     window_end_s: FloatArray
     weights_WLE: FloatArray
-
-
-def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) -> Known:
-    """From a run with `copy` in which nothing moved. Raises ValueError where nothing was served."""
-    places = tuple(
-        (expert, NodeId(one.node)) for one in run.first.replicas for expert in one.expert_ids if one.state == "ready"
-    )
-    names = sorted({node for _, node in places})
-    windows = [
-        (at_s, measured(before, now, _busy_s(scenario, began_s, at_s)))
-        for (began_s, before), (at_s, now) in pairwise(run.snapshots)
-        if now.steps_total > before.steps_total
-    ]
-    if not windows or not names or run.copy is None:
-        raise ValueError("nothing was served in the first policy's run")
-    num_experts = windows[0][1].load_LE.shape[1]
-    on_EN = np.zeros((num_experts, len(names)))
-    for expert, node in places:
-        on_EN[expert, names.index(node)] = 1.0
-    if scenario.live.own_devices:
-        on_EN = np.eye(num_experts)
-    points = [replace(one, load_LE=one.load_LE @ on_EN) for _, one in windows]
-    loads_LN: FloatArray = np.sum([one.load_LE for one in points], axis=0)
-    calls = float(on_EN[:, int(loads_LN.sum(axis=0).argmax())].sum())  # of who is waited for
-    shares_WLE = np.stack([one.load_LE / np.maximum(one.load_LE.sum(axis=1, keepdims=True), 1) for _, one in windows])
-    known = Known(
-        cost=ServiceTime(0.0, 0.0),
-        step_cost=ServiceTime(0.0, 0.0),
-        copy=run.copy,
-        places=places,
-        window_end_s=np.array([at_s for at_s, _ in windows]),
-        weights_WLE=np.stack([drawing_weights(shares_LE, top_k) for shares_LE in shares_WLE]),
-    )
-    hot = float((loads_LN.max(axis=1) / np.maximum(loads_LN.sum(axis=1), 1)).sum())  # rows waited for, of one a layer
-    busier = 1.0
-    for _ in range(1 + NUM_REFINED):
-        found = calibrate(points, top_k, [busier * one.busiest for one in points])
-        cost = ServiceTime(found.cost.a_s / calls, found.cost.b_s)
-        known = replace(known, cost=cost, step_cost=found.step_cost)
-        again = predict(scenario, config, known, run.first, top_k)
-        busier = again.waited_rows / (again.num_tokens * top_k * hot)
-    return known
-
-
-def _busy_s(scenario: Scenario, began_s: float, at_s: float) -> float:
-    """All of that time where clients that wait for their answers always left something to do, else 0."""
-    ends_s = np.cumsum([phase.duration_s for phase in scenario.phases])
-    first, last = np.searchsorted(ends_s, [began_s, at_s])
-    waiting = last < len(ends_s) and all(phase.concurrency for phase in scenario.phases[first : last + 1])
-    return at_s - began_s if waiting else 0.0
 
 
 def predict(
@@ -127,6 +63,8 @@ def predict(
     simulated = SimulationConfig(
         cost=known.cost,
         step_cost=known.step_cost,
+        message_s=known.message_s,
+        answer_s=known.answer_s,
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_batched_tokens,
         window_s=config.balance_interval_s,

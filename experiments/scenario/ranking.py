@@ -1,8 +1,8 @@
 """Policy against policy in both worlds: each runs live, the same requests are simulated, and the orders are compared.
 
 The first policy's live run tells the simulator's constants and which experts were asked for when, and after its phases
-what a copy costs; every policy then begins from the placement that it found live. Every seed of the scenario is a round
-of its own, and what is compared in the end are medians: a machine is not the same from minute to minute.
+what copies cost and bring; every policy then begins from the placement that it found live. Every seed of the scenario
+is a round of its own, and what is compared in the end are medians: a machine is not the same from minute to minute.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,13 @@ from rich.console import Console
 
 from cluster.simulate import SimulationResult
 from experiments.scenario.copying import copy_cost
+from experiments.scenario.learning import Recorded, learn
 from experiments.scenario.live import live_config, with_cluster
 from experiments.scenario.live_run import LiveCluster, LiveRun
 from experiments.scenario.load import phase_loads
-from experiments.scenario.prediction import Known, Recorded, learn, predict
+from experiments.scenario.prediction import Known, predict
 from experiments.scenario.schema import Scenario, ScenarioError
+from experiments.scenario.spreading import spread
 from model.storage.config_reader import read_config
 
 CLEAR = 0.05
@@ -68,8 +70,10 @@ def record(scenario: Scenario, model: Path, console: Console) -> dict[str, Recor
         run = LiveRun(cluster)
         first = await cluster.status()
         result = await run.run(scenario, phase_loads(scenario, scenario.seeds[0]))
-        copy = None if recorded else await copy_cost(cluster, scenario)
-        return Recorded(result, tuple(run.snapshots), first, copy)
+        snapshots = tuple(run.snapshots)
+        if recorded:
+            return Recorded(result, snapshots, first)
+        return Recorded(result, snapshots, first, await copy_cost(cluster, scenario), await spread(cluster, scenario))
 
     for policy in scenario.policies:
         console.print(f"live {policy} #{scenario.seeds[0]} ...", markup=False)
@@ -141,6 +145,8 @@ def _constants(known: Known) -> dict[str, float]:
         "token_us": known.cost.b_s * 1e6,
         "step_us": known.step_cost.a_s * 1e6,
         "step_token_us": known.step_cost.b_s * 1e6,
+        "message_us": known.message_s * 1e6,
+        "answer_us": known.answer_s * 1e6,
         "copy_s": known.copy.seconds,
         "copy_slows": known.copy.slows,
     }

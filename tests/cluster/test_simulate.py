@@ -50,6 +50,19 @@ def test_one_request_takes_as_many_steps_as_it_has_tokens() -> None:
     assert result.host_seconds == pytest.approx(2 * 0.58)
 
 
+def test_messages_and_answers_cost_the_coordinator_what_the_configuration_says() -> None:
+    free, sending, both = (run(**costs) for costs in ({}, {"message_s": 0.1}, {"message_s": 0.1, "answer_s": 0.01}))
+    assert free.num_messages == both.num_messages >= 2 * free.num_steps, "two layers"
+    assert sending.duration_s == pytest.approx(free.duration_s + 0.1 * free.num_messages)
+    # At least the last answer of a layer, and all of it where hosts are done at once.
+    assert 0.01 * 2 * both.num_steps <= both.answers_s + 1e-9 <= 0.01 * both.num_messages + 2e-9
+    assert both.duration_s == pytest.approx(sending.duration_s + both.answers_s)
+    assert free.answers_s == sending.answers_s == 0
+    for name, value in (("message_s", -1.0), ("answer_s", float("inf")), ("answer_s", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} (is )?{value}"):
+            run(**{name: value})
+
+
 def test_a_step_waits_for_the_slowest_host_of_each_layer() -> None:
     # All four experts on one host: as many calls as experts are touched; one expert: one call in each layer.
     result = run(num_hosts=1, output=1, prompt=1, popularity=[1.0, 0, 0, 0])

@@ -17,12 +17,14 @@ from cluster.layout import Grain, Host, Layout
 from cluster.policy import Observation, moved_bytes
 from cluster.simulate import SimulationResult, Timeline
 from experiments.scenario import ranking
-from experiments.scenario.calibration import drawing_weights
+from experiments.scenario.calibration import Measured, drawing_weights, measured
 from experiments.scenario.copying import CopyCost
+from experiments.scenario.learning import Fit, Recorded, learn, steady
 from experiments.scenario.live import live_config
-from experiments.scenario.prediction import Recorded, as_live, learn, predict
+from experiments.scenario.prediction import Known, as_live, predict
 from experiments.scenario.schema import Scenario, ScenarioError, read_scenario
 from experiments.scenario.slow_process import slow_down
+from experiments.scenario.spreading import Spread
 from experiments.simulation.synthetic_routing import RoutingModel, route
 from model.experts import ExpertColumn
 from model.storage.checkpoint import Checkpoint
@@ -169,6 +171,38 @@ def test_what_a_run_tells_is_found_again(tmp_path: Path, model: Path) -> None:
     empty = Recorded(run.result, ((0.0, SnapshotReply()), (1.0, SnapshotReply())), status(), run.copy)
     with pytest.raises(ValueError, match="nothing was served"):
         learn(asked, static, empty, TOP_K)
+
+
+def test_what_messages_and_answers_cost_is_found_again(tmp_path: Path, model: Path) -> None:
+    """Of a world that is the simulator's own: what copies bring there tells the two apart from the rest."""
+    asked = scenario(tmp_path, TEXT.replace("calibrate: 1,", "calibrate: 1, own_devices: true,"))
+    static, run = live_config(asked, model, "static"), recorded(1.0)
+    copies = [ReplicaStatus(replica_id=f"copy-{n}", expert_ids=[0], state="ready", node=n) for n in "bc"]
+    kept = replace(status(), replicas=[*status().replicas, *copies])
+    nothing = learn(asked, static, run, TOP_K)
+    assert (nothing.message_s, nothing.answer_s) == (0, 0), "nobody said what copies bring"
+    windows = [measured(run.snapshots[i][1], run.snapshots[i + 1][1], s) for i, s in ((0, 10.0), (1, 30.0))]
+    fit = Fit.of(asked, static, run.first, TOP_K, nothing, windows)
+
+    def seen(world: Known, at: ClusterStatus) -> Measured:
+        result = steady(asked, static, world, at, TOP_K)
+        own_s = world.step_cost.a_s * result.num_steps + world.step_cost.b_s * result.num_tokens
+        own_s += world.message_s * result.num_messages
+        load_LE = np.tile(SHARES * TOP_K * result.num_tokens, (LAYERS, 1))
+        return Measured(result.num_steps, own_s, result.duration_s - own_s, load_LE, result.num_messages)
+
+    def helps(calm: Measured, kept: Measured) -> float:
+        return kept.token_s / calm.token_s
+
+    for message_s, answer_s in ((0.0, 0.0), (3e-4, 0.0), (2e-4, 2e-3)):
+        world = fit.refined(replace(nothing, message_s=message_s, answer_s=answer_s))
+        spread = Spread(seen(world, run.first), seen(world, kept), kept)
+        found = learn(asked, static, replace(run, spread=spread), TOP_K)
+        assert found.message_s == pytest.approx(message_s, abs=3e-5)
+        again = helps(seen(found, run.first), seen(found, kept))
+        assert again == pytest.approx(helps(spread.calm, spread.kept), rel=0.015)
+        # As long as answers hardly ever meet, their time makes no difference.
+        assert found.answer_s == pytest.approx(answer_s, rel=0.1, abs=8e-4)
 
 
 def test_between_steps_the_coordinator_is_at_work_where_clients_wait_for_answers(tmp_path: Path, model: Path) -> None:

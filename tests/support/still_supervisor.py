@@ -25,37 +25,42 @@ def status_of(*replicas: tuple[str, list[int], int, str]) -> ClusterStatus:
 
 
 class StillSupervisor:
-    """Four experts are ready; `loading` is an expert of which a copy is under way, for `copy_s`."""
+    """Four experts are ready; `loading` is an expert of which a copy is under way, for `copy_s`; `copied` are all with
+    copies. There is room for so many at a time.
+    """
 
     def __init__(self, copy_s: float = 0.0, room: int = 2) -> None:
         self._copy_s, self._room = copy_s, room
-        self._copy: tuple[str, int, float] | None = None
+        self._copies: dict[str, tuple[int, float]] = {}
         self.made: list[int] = []
 
     @property
     def loading(self) -> int | None:
         """The expert of which a copy is under way."""
-        return self._copy[1] if self._copy is not None and time.monotonic() < self._copy[2] else None
+        return next((expert for expert, due_s in self._copies.values() if time.monotonic() < due_s), None)
+
+    @property
+    def copied(self) -> list[int]:
+        """Experts, once for each copy that is ready."""
+        return [expert for expert, due_s in self._copies.values() if time.monotonic() >= due_s]
 
     def status(self) -> ClusterStatus:
         rows = [(f"e{expert}", [expert], os.getpid(), "ready") for expert in range(4)]
-        if self._copy is not None:
-            name, expert, _ = self._copy
-            rows.append((name, [expert], os.getpid(), "ready" if self.loading is None else "loading"))
+        for name, (expert, due_s) in self._copies.items():
+            rows.append((name, [expert], os.getpid(), "ready" if time.monotonic() >= due_s else "loading"))
         return status_of(*rows)
 
     def replicate(self, expert: int, first: int | None, last: int | None, node: str | None) -> dict[str, Any]:
-        if self._room == 0:
+        if len(self._copies) >= self._room:
             raise MoveRefused("every node is full")
         assert (first, last, node) == (None, None, None)
-        assert self._copy is None, "one after another"
-        self._copy = f"e{expert}-copy", expert, time.monotonic() + self._copy_s
+        assert self.loading is None, "one after another"
+        name = f"e{expert}-copy-{len(self.made)}"
+        self._copies[name] = expert, time.monotonic() + self._copy_s
         self.made.append(expert)
-        return {"replica_id": self._copy[0], "node_id": "n"}
+        return {"replica_id": name, "node_id": "n"}
 
     def drain_replica(self, replica_id: str) -> dict[str, Any]:
-        assert self._copy is not None
-        assert replica_id == self._copy[0]
         assert self.loading is None, "a copy is measured until it is ready"
-        self._copy = None
+        del self._copies[replica_id]
         return {"replica_id": replica_id}
