@@ -151,9 +151,12 @@ class Fit:
         return known
 
     def with_answers(self, known: Known, spread: Spread) -> Known:
-        """With the time of an answer for which copies, simulated, help as much as they did; found by halving."""
+        """With the time of an answer for which copies, simulated, help as much as they did; found by halving.
+
+        What every call takes holds it, whatever its rows: so it cannot be more than that.
+        """
         helped = spread.kept.token_s / spread.calm.token_s
-        low, high = 0.0, spread.kept.wait_s / max(spread.kept.messages, 1)
+        low, high = 0.0, known.cost.a_s
         if self._helps(known, spread) >= helped:
             return known
         for _ in range(NUM_HALVED):
