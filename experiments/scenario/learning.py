@@ -27,9 +27,9 @@ from experiments.scenario.spreading import Spread
 from protos.coordinator_pb2 import SnapshotReply
 
 NUM_REFINED = 2  # as in `experiments.scenario.fidelity`
-STEADY_S = 60.0
+STEADY_S = 40.0
 """Of a load that does not change, on the virtual clock."""
-NUM_HALVED = 8
+NUM_HALVED = 6
 LEAST_LEFT = 0.05
 """Of what was measured, so much stays who it was attributed to first."""
 
@@ -155,14 +155,18 @@ class Fit:
 
         What every call takes holds it, whatever its rows: so it cannot be more than that.
         """
-        helped = spread.kept.token_s / spread.calm.token_s
-        low, high = 0.0, known.cost.a_s
+        helped, cost = spread.kept.token_s / spread.calm.token_s, known.cost
+
+        def with_answer(answer_s: float) -> Known:
+            return replace(known, answer_s=answer_s, cost=replace(cost, a_s=cost.a_s - answer_s))
+
+        low, high = 0.0, cost.a_s
         if self._helps(known, spread) >= helped:
             return known
         for _ in range(NUM_HALVED):
-            tried = self.refined(replace(known, answer_s=(low + high) / 2))
-            low, high = (low, tried.answer_s) if self._helps(tried, spread) >= helped else (tried.answer_s, high)
-        return self.refined(replace(known, answer_s=(low + high) / 2))
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._helps(with_answer(middle), spread) >= helped else (middle, high)
+        return self.refined(with_answer((low + high) / 2))
 
     def _helps(self, known: Known, spread: Spread) -> float:
         """Time of a token with the copies, by that without."""
