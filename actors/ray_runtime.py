@@ -26,6 +26,7 @@ from ray.util import metrics as ray_metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import local_ray
+from actors.process_start import with_env
 from cluster.placement import is_role
 
 LOG = logging.getLogger(__name__)
@@ -341,14 +342,15 @@ def spawn(
     """Starts `actor_class(**kwargs)` as a detached, named actor with its own process, without waiting for it.
 
     Detached, so that it outlives whoever started it: the supervisor finds it again by name. `get_if_exists`
-    makes two starters of one name agree on one actor. `restarts` leaves restarting it to Ray. `on_head` puts it on
+    makes two starters of one name agree on one actor. `env` is set before the actor is built, after its module was
+    imported (see `actors.process_start`). `restarts` leaves restarting it to Ray. `on_head` puts it on
     the node of Ray's head: who can do nothing without the head should not be lost with another node. `role` is a
     custom resource of the node, of which a sliver is held: a node that holds somebody is not idle, and not taken away
     by Ray's autoscaler, also where no GPU is held. Raises RuntimeFailure.
     """
     # A hard affinity: a replica that was placed by name must not drift to a node that already has its twin.
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else "DEFAULT"
-    options = ray.remote(actor_class).options(
+    options = ray.remote(with_env(actor_class, env)).options(
         name=name,
         namespace=namespace,
         lifetime="detached",
@@ -358,7 +360,6 @@ def spawn(
         resources={HEAD_NODE_RESOURCE_NAME: SLIVER} if on_head else {role: SLIVER} if role else None,
         max_restarts=-1 if restarts else 0,
         scheduling_strategy=strategy,
-        runtime_env={"env_vars": dict(env)},
     )
     try:
         return ActorRef(name, options.remote(**kwargs))

@@ -8,9 +8,13 @@ from actors.ingress import build_app
 from cluster.config import ClusterConfig
 
 
-def open_front_door(config: ClusterConfig, host: str, port: int) -> None:
-    """Starts HTTP, and waits until the ingress answers. Raises RuntimeFailure."""
+def start_http(host: str, port: int) -> None:
+    """See `actors.ray_serve.start_http`."""
     ray_serve.start_http(host, port)
+
+
+def open_front_door(config: ClusterConfig) -> None:
+    """Starts the ingress behind the proxy, and waits until it answers. Raises RuntimeFailure."""
     ray_serve.deploy(build_app(config), name=config.namespace)
 
 

@@ -65,6 +65,8 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
         with stages.stage("Ray"):
             _join_ray(config, host, port, address, model, console, undo)
         stop = StopSignals().install()
+        with stages.stage("HTTP"):
+            _start_http(host, port)
         with stages.stage("supervisor"):
             supervisor = _start_supervisor(config, undo)
         console.print(
@@ -73,7 +75,7 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
             markup=False,
         )
         undo.callback(_undeploy, config.namespace, supervisor, stop)
-        front_door = _open_front_door(config, host, port, stages)
+        front_door = _open_front_door(config, stages)
         with stages.stage("experts and coordinators"):
             status = watch_start(lambda: _poll(supervisor, stop.asked), console, timeout_s=START_TIMEOUT_S)
         show_placement(status, console)
@@ -114,16 +116,23 @@ def _import_front_door() -> None:
     import actors.command.front_door  # noqa: F401
 
 
-def _open_front_door(config: ClusterConfig, host: str, port: int, stages: Stages) -> Future[None]:
-    """Starts HTTP while the experts load: the ingress waits for them. Its thread must not keep a failed start alive."""
+def _start_http(host: str, port: int) -> None:
+    """Before experts are asked for: Ray starts few workers at a time, and Serve gives a proxy seconds to have one."""
+    from actors.command.front_door import start_http
+
+    start_http(host, port)
+
+
+def _open_front_door(config: ClusterConfig, stages: Stages) -> Future[None]:
+    """Starts the ingress, which waits for experts that load. Its thread must not keep a failed start alive."""
     opened: Future[None] = Future()
 
     def work() -> None:
         try:
-            with stages.stage("HTTP"):
+            with stages.stage("ingress"):
                 from actors.command.front_door import open_front_door
 
-                open_front_door(config, host, port)
+                open_front_door(config)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits, whatever it is
             opened.set_exception(error)
         else:

@@ -23,6 +23,7 @@ from model.grammar.spec import GrammarError
 from model.grammar.vocabulary import Vocabulary
 from model.kernels import default_kernel
 from model.kv_cache import KVCache, block_bytes, default_kv_dtype
+from model.memory import collapse_into_huge_pages, release_freed_memory
 from model.storage.checkpoint import COORDINATOR, Checkpoint
 from model.text.tokenizer import TokenizerError, load_tokenizer
 from model.transformer import Backbone
@@ -76,6 +77,9 @@ def load_model(
     device = choose_device(config.device)
     kernel = default_kernel(checkpoint.dtype, device) if config.kernel == "auto" else config.kernel
     backbone = Backbone.load(checkpoint, kernel, device, note)
+    if device.type == "cpu":
+        release_freed_memory()
+        LOG.info("%d MiB in huge pages", collapse_into_huge_pages() >> 20)
     kv = make_kv_cache(config, model, device)
     eos = eos_token_ids(model, Path(config.model))
     vocabulary = vocabulary_of(Path(config.model), model, eos)

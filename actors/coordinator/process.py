@@ -5,6 +5,8 @@ Whoever starts a process must import the class that it names, and the supervisor
 
 from typing import TYPE_CHECKING, Any
 
+from actors.process_start import importing
+
 if TYPE_CHECKING:
     from actors.coordinator.actor import Coordinator
 
@@ -37,6 +39,7 @@ class CoordinatorProcess:
 
 
 def _imported() -> "type[Coordinator]":
-    from actors.coordinator.actor import Coordinator
+    with importing():
+        from actors.coordinator.actor import Coordinator
 
     return Coordinator

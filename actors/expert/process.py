@@ -8,6 +8,7 @@ is `actors.expert.actor.ExpertActor`, and has the same methods.
 from typing import TYPE_CHECKING, Any
 
 from actors.expert.behind import run_behind
+from actors.process_start import importing
 
 if TYPE_CHECKING:
     from actors.expert.actor import ExpertActor
@@ -46,6 +47,7 @@ class ExpertProcess:
 
 
 def _imported() -> "type[ExpertActor]":
-    from actors.expert.actor import ExpertActor
+    with importing():
+        from actors.expert.actor import ExpertActor
 
     return ExpertActor

@@ -203,14 +203,13 @@ class Blueprint:
 def process_env(threads: int) -> Mapping[str, str]:
     """Environment of a process that computes with `threads` threads.
 
-    Waiting threads sleep (active waiting collapses when cores are scarce), and malloc may use huge pages: packed
-    weights are read from end to end for every batch, and TLB misses cost a fifth of it or more.
+    Waiting threads sleep: active waiting collapses when cores are scarce. Nothing in it must be there when the process
+    begins (see `actors.process_start`).
     """
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "TOKENIZERS_PARALLELISM": "false",
         "GRPC_VERBOSITY": "ERROR",
     }

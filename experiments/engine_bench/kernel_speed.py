@@ -18,6 +18,7 @@ from actors.supervision.blueprint import process_env
 from experiments.engine_bench.peers.child import Handler, Request, serve
 from experiments.engine_bench.peers.process import JsonProcess
 from model.experts import Calibrations, ExpertColumn
+from model.memory import collapse_into_huge_pages
 from model.storage.checkpoint import Checkpoint, Expert
 
 ENOUGH_BYTES = 2 << 30  # of weights: beyond any cache, so more layers would be no slower
@@ -39,6 +40,7 @@ class KernelSpeed:
             ExpertColumn.load(checkpoint, expert, range(self._held), kernel, "cpu", calibrated=calibrated)
             for expert in range(shape.num_experts)
         ]
+        collapse_into_huge_pages()  # as an expert does
         self._hidden = shape.hidden_size
         self.facts = {"kernel": self._columns[0].kernel, "threads": threads, "layers_held": self._held}
 
