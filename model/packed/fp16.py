@@ -20,7 +20,7 @@ from model.packed.fp32 import pack_fp32
 WIDE_ELEMENTS = 1 << 23
 """From so many elements on a weight is worth the few microseconds that sharing a product among threads costs."""
 
-_CHECK_ELEMENTS = 1 << 18  # representability is checked in slices, so that the check costs no second tensor
+_CHECK_ELEMENTS = 1 << 16  # representability is checked in slices that a cache holds, without a second tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,7 @@ def pack_fp16(parts: Iterable[Tensor]) -> PackedLinear:
     leave its upper half unused.
     """
     weight_OI = joined(parts).to(torch.float32)
-    scale = next((scale for scale in (1.0, _largest_scale(weight_OI)) if fits_fp16(weight_OI, scale)), None)
+    scale = _scale_that_fits(weight_OI)
     if scale is None:
         return pack_fp32([weight_OI])
     _accept_deprecation()
@@ -105,21 +105,24 @@ def fits_fp16(weight_OI: Tensor, scale: float = 1.0) -> bool:
         part = flat[start : start + _CHECK_ELEMENTS]
         if scale != 1.0:
             part = part * scale
-        if not torch.equal(part.to(torch.float16).to(part.dtype), part):  # NaN differs from itself, infinity does not
+        lost = part.to(torch.float16).to(part.dtype) - part  # NaN for NaN, and for infinity
+        if torch.count_nonzero(lost):
             return False
-    return all(math.isfinite(bound) for bound in _bounds(weight_OI))
+    return True
 
 
-def _largest_scale(weight_OI: Tensor) -> float:
-    """The power of two that brings the largest weight just under 2**15 (fp16 ends a little under 2**16)."""
-    low, high = _bounds(weight_OI)
+def _scale_that_fits(weight_OI: Tensor) -> float | None:
+    """1 where that does, else the power of two that brings the largest weight just under 2**15 (fp16 ends a little
+    under 2**16); None where neither does.
+    """
+    if fits_fp16(weight_OI):
+        return 1.0
+    low, high = (float(bound) for bound in torch.aminmax(weight_OI))
     largest = max(-low, high)
-    return 2.0 ** (15 - math.frexp(largest)[1]) if 0.0 < largest < math.inf else 1.0
-
-
-def _bounds(weight_OI: Tensor) -> tuple[float, float]:
-    low, high = torch.aminmax(weight_OI)
-    return float(low), float(high)
+    if not 0.0 < largest < math.inf:
+        return None
+    scale = 2.0 ** (15 - math.frexp(largest)[1])
+    return scale if fits_fp16(weight_OI, scale) else None
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Every kernel computes the product it is asked for; fp16 packing happens only where it loses nothing."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -159,6 +160,14 @@ def test_all_zero_weights_are_packed() -> None:
     packed = KERNELS["fp16"].pack(torch.zeros(8, 8))
     assert packed.kernel == "fp16"
     assert not packed(torch.randn(2, 8)).any()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 65520.0])
+def test_what_fp16_cannot_hold_at_any_scale_stays_as_it_is(value: float) -> None:
+    weight_OI = weight(dtype=torch.float16)
+    weight_OI[7, 3], weight_OI[2, 2] = value, 2.0**-30
+    assert not fits_fp16(weight_OI)
+    assert KERNELS["fp16"].pack(weight_OI.clone()).kernel == "fp32"
 
 
 def test_the_last_weight_of_a_large_tensor_is_checked_too() -> None:
