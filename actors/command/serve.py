@@ -65,6 +65,7 @@ def serve(config: ClusterConfig, *, host: str, port: int, address: str | None, c
         with stages.stage("Ray"):
             _join_ray(config, host, port, address, model, console, undo)
         stop = StopSignals().install()
+        _refuse_another(config)
         with stages.stage("HTTP"):
             _start_http(host, port)
         with stages.stage("supervisor"):
@@ -142,9 +143,13 @@ def _open_front_door(config: ClusterConfig, stages: Stages) -> Future[None]:
     return opened
 
 
-def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClient:
+def _refuse_another(config: ClusterConfig) -> None:
     if find_supervisor(config.namespace) is not None:
         raise RuntimeFailure(f"an octavo cluster named {config.namespace!r} already runs there: see octavo status")
+
+
+def _start_supervisor(config: ClusterConfig, undo: ExitStack) -> SupervisorClient:
+    _refuse_another(config)  # who came while HTTP was started
     supervisor = ensure_supervisor(config)
     undo.callback(supervisor.retire)
     return supervisor
