@@ -61,9 +61,11 @@ class Incremental:
 
     At rest, moves begin when a range's load has changed by more than `noise` and moves together would gain
     `start_gain`. They go on round by round until what is left gains less than `stop_gain`; each move must gain
-    `move_gain`. In a round `max_ranges` ranges are looked at, those that lose most first, `max_moves` moves are made in
-    each, and `budget_bytes` loaded in all, besides what nobody serves. After `max_searches` searches for a move no
-    further range is begun, so that a decision takes milliseconds; those left have their turn in the next round. While
+    `move_gain`, and up to `choosy_gain` where the range is uneven and has few copies: `choosiness` times the square of
+    its imbalance (1 - even wait ÷ wait) over their number. In a round `max_ranges` ranges are looked at, those that
+    lose most first, `max_moves` moves are made in each, and `budget_bytes` loaded in all, besides what nobody serves.
+    After `max_searches` searches for a move no further range is begun, so that a decision takes milliseconds; those
+    left have their turn in the next round. While
     steps wait for experts less than `busy_share` of the time (or hardly more, for which `noise` suffices) nothing moves
     for balance, and copies that the floor of two nodes does not need are dropped while that stays below `quiet_share`.
     Every unit has `min_copies` to `max_copies`, at least two where there are slots and two are allowed.
@@ -77,6 +79,8 @@ class Incremental:
     start_gain: float = 0.01
     stop_gain: float = 0.003
     move_gain: float = 0.002
+    choosy_gain: float = 0.014
+    choosiness: float = 3.5
     busy_share: float = 0.05
     quiet_share: float = 0.02
     min_copies: int = 1
@@ -87,6 +91,11 @@ class Incremental:
             raise ValueError(
                 f"move_gain {self.move_gain}, stop_gain {self.stop_gain} and start_gain {self.start_gain} "
                 "must ascend between 0 and 1"
+            )
+        if not self.move_gain <= self.choosy_gain < 1 or not self.choosiness >= 0:
+            raise ValueError(
+                f"choosy_gain is {self.choosy_gain} and choosiness {self.choosiness}, but the first must be "
+                f"{self.move_gain} (move_gain) to 1 and the second at least 0"
             )
         check_copies(self.min_copies, self.max_copies)
         if not 0 <= self.noise < 1:
@@ -169,7 +178,8 @@ class Incremental:
         # What steps cost other ranges is added to what this range's layers cost.
         alone = waits[0] - critical_share(draft.busy_LN[draft.grain.layers(which * draft.grain.num_experts)])
         costs = [wait - alone for wait in waits]
-        num = min(range(len(costs)), key=lambda i: costs[i] + i * self.move_gain * costs[0])
+        least = self._least_gain(draft, which, costs[0])
+        num = min(range(len(costs)), key=lambda i: costs[i] + i * least * costs[0])
         gain = 1 - costs[num] / max(costs[0], 1e-300)
         if num == 0 or gain < (self.stop_gain if rest is None else self.start_gain):
             return [], now
@@ -184,6 +194,16 @@ class Incremental:
             allowance.bytes_left -= step.num_bytes
             moves += _carried_out(draft, step, wait)
         return moves, None
+
+    def _least_gain(self, draft: Draft, which: int, wait: float) -> float:
+        """What each move for a range that waits so long must gain, as a share of that.
+
+        If loading all copies anew left it even, each would gain imbalance / num_copies on average.
+        """
+        first, num_experts = which * draft.grain.num_experts, draft.grain.num_experts
+        imbalance = 1 - float(draft.even(draft.grain.layers(first)).sum()) / max(wait, 1e-300)
+        num_copies = int(draft.copies_U[first : first + num_experts].sum())
+        return max(self.move_gain, min(self.choosy_gain, self.choosiness * imbalance**2 / num_copies))
 
     def _search(self, draft: Draft, which: int, floor: int, allowance: Allowance) -> tuple[list[Step], list[float]]:
         """The greedy steps for a range, whatever they weigh, and the wait of all layers before and after each.

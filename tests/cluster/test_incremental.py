@@ -292,6 +292,8 @@ def test_asking_changes_nothing() -> None:
     ("settings_", "says"),
     [
         ({"start_gain": 0.001}, "move_gain 0.002, stop_gain 0.003 and start_gain 0.001"),
+        ({"choosiness": -0.1}, "choosiness -0.1"),
+        ({"choosy_gain": 0.001}, "choosy_gain is 0.001"),
         ({"quiet_share": 0.5}, "quiet_share is 0.5"),
         ({"max_moves": 0}, "max_moves 0"),
         ({"max_searches": 0}, "max_searches 0"),
