@@ -92,10 +92,10 @@ class Incremental:
                 f"move_gain {self.move_gain}, stop_gain {self.stop_gain} and start_gain {self.start_gain} "
                 "must ascend between 0 and 1"
             )
-        if not self.move_gain <= self.choosy_gain < 1 or not self.choosiness >= 0:
+        if not (0 <= self.choosy_gain < 1 and self.choosiness >= 0):
             raise ValueError(
-                f"choosy_gain is {self.choosy_gain} and choosiness {self.choosiness}, but the first must be "
-                f"{self.move_gain} (move_gain) to 1 and the second at least 0"
+                f"choosy_gain is {self.choosy_gain} and choosiness {self.choosiness}, but both must be at least 0 "
+                "and the first below 1"
             )
         check_copies(self.min_copies, self.max_copies)
         if not 0 <= self.noise < 1:

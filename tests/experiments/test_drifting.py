@@ -21,6 +21,7 @@ def drift(
 AS_EVEN = {
     "whole columns": drift(layers=32, hosts=8, columns=3),
     "many experts": drift(layers=8, hosts=16, columns=6, experts=64, skew=0.8),
+    "unlike popularities in ranges": drift(layers=32, hosts=16, columns=2, ranges=8, law="dirichlet", skew=0.5),
     "single layers on full hosts": drift(layers=8, hosts=64, columns=2, ranges=8, skew=0.8),
 }
 NEARLY = {
