@@ -65,9 +65,9 @@ class Incremental:
     its imbalance (1 - even wait ÷ wait) over their number. In a round `max_ranges` ranges are looked at, those that
     lose most first, `max_moves` moves are made in each, and `budget_bytes` loaded in all, besides what nobody serves.
     After `max_searches` searches for a move no further range is begun, so that a decision takes milliseconds; those
-    left have their turn in the next round. While
-    steps wait for experts less than `busy_share` of the time (or hardly more, for which `noise` suffices) nothing moves
-    for balance, and copies that the floor of two nodes does not need are dropped while that stays below `quiet_share`.
+    left have their turn in the next round. While steps wait for experts less than `busy_share` of the time (or hardly
+    more, for which `noise` suffices) nothing moves for balance, and copies that the floor of two nodes does not need
+    are dropped while that stays below `quiet_share`.
     Every unit has `min_copies` to `max_copies`, at least two where there are slots and two are allowed.
     """
 

@@ -34,9 +34,9 @@ class SimulationConfig:
     (`simulated_servers`). `window_s`: how often the policy is asked, on the work of up to `num_windows`. `locality_s`:
     a step's routing is the trace's from at most so much later. After `max_steps` the simulation stops, whatever is left
     undone. Requests of `closed` loops come when they are sent, not when the trace says. Of `faults` a policy learns
-    what it sees: slow hosts by their work, lost ones by the layout. While a unit is nobody's, nothing is served. Where
-    hosts share a machine, as few loads are under way at a time as `max_loading` says, and meanwhile steps take
-    `loading_slows` times as long.
+    what it sees: slow hosts by their work, lost ones by the layout. While a unit is nobody's, nothing is served. Loads
+    take in turn `load_factors` times as long as `load_bytes_per_s` says. Where hosts share a machine, as few loads are
+    under way at a time as `max_loading` says, and meanwhile steps take `loading_slows` times as long.
     """
 
     cost: ServiceTime
@@ -48,6 +48,7 @@ class SimulationConfig:
     window_s: float = 10.0
     num_windows: int = 1
     load_bytes_per_s: float = 1e9
+    load_factors: tuple[float, ...] = (1.0,)
     host_start_s: float = 30.0
     max_loading: int | None = None
     loading_slows: float = 1.0
@@ -186,6 +187,7 @@ class _Run:
             Layout.empty(grain, hosts),
             template,
             load_bytes_per_s=config.load_bytes_per_s,
+            load_factors=config.load_factors,
             host_start_s=config.host_start_s,
             max_loading=config.max_loading,
         )

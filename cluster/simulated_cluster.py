@@ -8,7 +8,7 @@ step `simulate`'s.
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, cycle
 
 from cluster.ids import NodeId
 from cluster.layout import Host, Layout
@@ -37,7 +37,8 @@ class Logged:
 
 
 class SimulatedCluster:
-    """Hosts like `template` may be added, and start in `host_start_s`; each host loads `load_bytes_per_s`.
+    """Hosts like `template` may be added, and start in `host_start_s`; each host loads `load_bytes_per_s`. Loads take
+    in turn `load_factors` times as long, over and over.
 
     At most `max_loading` loads are under way at a time, those that were decided first before others; None: as many as
     there are.
@@ -51,7 +52,10 @@ class SimulatedCluster:
         load_bytes_per_s: float,
         host_start_s: float,
         max_loading: int | None = None,
+        load_factors: tuple[float, ...] = (1.0,),
     ) -> None:
+        if not (load_factors and all(0 < factor < float("inf") for factor in load_factors)):
+            raise ValueError(f"load_factors are {load_factors}, but must be at least one, all above 0 and finite")
         if not (load_bytes_per_s > 0 and host_start_s >= 0 and (max_loading is None or max_loading >= 1)):
             raise ValueError(
                 f"load_bytes_per_s is {load_bytes_per_s}, host_start_s {host_start_s}, max_loading {max_loading}: "
@@ -65,6 +69,7 @@ class SimulatedCluster:
         self.max_log = 2000
         self._template = template
         self._rate, self._start_s = load_bytes_per_s, host_start_s
+        self._factors = cycle(load_factors)
         self._due: list[tuple[float, int, Copy | Drop | AddHosts]] = []
         self._order = count()
         self._max_loading = max_loading
@@ -129,7 +134,7 @@ class SimulatedCluster:
                 return 0.0
             self.moved_bytes += action.num_bytes
             self.num_copies += 1
-            return action.num_bytes / self._rate
+            return action.num_bytes / self._rate * next(self._factors)
         if isinstance(action, AddHosts):
             self._num_coming += action.num
         elif not isinstance(action, Drop):

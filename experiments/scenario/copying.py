@@ -17,10 +17,15 @@ NUM_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class CopyCost:
-    """A copy serves after `seconds`; until then a step takes `slows` times as long, at least once."""
+    """Copies served after `took_s`, each; until then a step takes `slows` times as long, at least once."""
 
-    seconds: float
+    took_s: tuple[float, ...]
     slows: float
+
+    @property
+    def seconds(self) -> float:
+        """On average."""
+        return sum(self.took_s) / len(self.took_s)
 
 
 async def copy_cost(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CALM_S) -> CopyCost:
@@ -46,4 +51,4 @@ async def copy_cost(cluster: LiveCluster, scenario: Scenario, *, calm_s: float =
         await asyncio.sleep(calm_s)
         calm.append((await stretches.end())[1])
     slows = together(copying).token_s / together(calm).token_s
-    return CopyCost(seconds=sum(took_s) / len(took_s), slows=max(slows, 1.0))
+    return CopyCost(tuple(took_s), slows=max(slows, 1.0))

@@ -67,7 +67,7 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
         step_cost=nothing,
         message_s=0.0,
         answer_s=0.0,
-        copy=run.copy,
+        copy=run.copy if run.spread is None else replace(run.copy, took_s=run.copy.took_s + run.spread.took_s),
         places=places,
         window_end_s=np.array([at_s for at_s, _ in windows]),
         weights_WLE=np.stack([drawing_weights(shares_LE, top_k) for shares_LE in shares_WLE]),

@@ -178,12 +178,13 @@ class LiveRun:
     def _write_down(
         self, before: SnapshotReply, now: SnapshotReply, began_s: float, at_s: float, status: ClusterStatus
     ) -> None:
-        line, ready = self._line, sum(one.state == "ready" for one in status.replicas)
+        serving = [one for one in status.replicas if one.state == "ready"]
+        line, ready = self._line, len(serving)
         load_LE = np.array([one.tokens for one in now.load]) - np.array([one.tokens for one in before.load])
         balanced_L = balancedness(load_LE)
         line.at_s.append(at_s)
         line.hosts.append(ready)
-        line.copies.append(sum(len(one.expert_ids) for one in status.replicas))
+        line.copies.append(sum(len(one.expert_ids) for one in serving))
         line.balancedness.append(float(balanced_L.mean()))
         line.worst_balancedness.append(float(balanced_L.min()))
         line.critical_share.append((now.expert_wait_s_total - before.expert_wait_s_total) / (at_s - began_s))

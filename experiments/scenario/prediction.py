@@ -70,6 +70,7 @@ def predict(
         window_s=config.balance_interval_s,
         num_windows=WINDOW_INTERVALS,
         load_bytes_per_s=column_bytes / known.copy.seconds,
+        load_factors=tuple(took_s / known.copy.seconds for took_s in known.copy.took_s),
         max_loading=1,
         apart=True,
         loading_slows=known.copy.slows,

@@ -7,6 +7,7 @@ E experts.
 """
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,12 @@ NUM_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """All steps with the copies and all without, under one load, and who was there with them."""
+    """All steps with the copies and all without, under one load, who was there with them, and how long each took."""
 
     calm: Measured
     kept: Measured
     status: ClusterStatus
+    took_s: tuple[float, ...] = ()
 
 
 async def spread(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CALM_S) -> Spread:
@@ -38,6 +40,7 @@ async def spread(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CA
     """
     calm: list[Measured] = []
     kept: list[Measured] = []
+    took_s: list[float] = []
     async with asyncio.timeout(MOST_S), LiveRun(cluster).sending(lasting(scenario)):
         stretches = Stretches(cluster)
         for _ in range(NUM_ROUNDS):
@@ -45,7 +48,7 @@ async def spread(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CA
             await stretches.begin()
             await asyncio.sleep(calm_s)
             calm.append((await stretches.end())[1])
-            made = await _copies(cluster, calm[-1].load_LE.sum(axis=0))
+            made = await _copies(cluster, calm[-1].load_LE.sum(axis=0), took_s)
             await asyncio.sleep(calm_s)
             await stretches.begin()
             await asyncio.sleep(calm_s)
@@ -53,22 +56,24 @@ async def spread(cluster: LiveCluster, scenario: Scenario, *, calm_s: float = CA
             status = await cluster.status()
             for replica_id in made:
                 await end(cluster, replica_id)
-    return Spread(together(calm), together(kept), status)
+    return Spread(together(calm), together(kept), status, tuple(took_s))
 
 
-async def _copies(cluster: LiveCluster, load_E: FloatArray) -> list[str]:
-    """Up to NUM_COPIES copies, and as many as there is room for, each of who is busiest then."""
+async def _copies(cluster: LiveCluster, load_E: FloatArray, took_s: list[float]) -> list[str]:
+    """Up to NUM_COPIES copies, and as many as there is room for, each of who is busiest then. Adds to `took_s`."""
     status = await cluster.status()
     copies_E = np.bincount([e for one in status.replicas for e in one.expert_ids], minlength=len(load_E))
     most = len({one.node for one in status.replicas})
     made: list[str] = []
     for expert in busiest(load_E, copies_E, NUM_COPIES, most):
+        began_s = time.monotonic()
         try:
             made.append(await begin(cluster, expert))
         except MoveRefused:
             if not made:
                 raise
             break
+        took_s.append(time.monotonic() - began_s)
     return made
 
 

@@ -219,6 +219,27 @@ def test_where_hosts_share_a_machine_loads_wait_for_each_other() -> None:
         copies_at(0, 1.0)
 
 
+def test_loads_take_in_turn_as_long_as_they_were_seen_to() -> None:
+    start = layout(Grain.even(1, 3), hosts(2, 3), [(unit, 0) for unit in range(3)])
+
+    def begun(factors: tuple[float, ...]) -> SimulatedCluster:
+        cluster = SimulatedCluster(
+            start, start.hosts[0], load_bytes_per_s=10.0, host_start_s=0.0, max_loading=1, load_factors=factors
+        )
+        cluster.do([Copy(unit=u, node_id=NodeId("n1"), source=None, num_bytes=50, reason="r") for u in range(3)], 0.0)
+        return cluster
+
+    cluster = begun((0.5, 2.0))
+    due_s = []
+    while cluster.is_moving:
+        due_s.append(cluster.next_due_s)
+        cluster.advance(cluster.next_due_s)
+    assert due_s == [2.5, 12.5, 15.0]
+    for wrong in ((), (1.0, 0.0), (float("inf"),)):
+        with pytest.raises(ValueError, match="load_factors are"):
+            begun(wrong)
+
+
 def test_loads_take_time_serve_in_order_and_are_counted() -> None:
     start = layout(Grain.even(1, 2), hosts(2, 2), [(0, 0), (1, 0)])
     cluster = SimulatedCluster(start, start.hosts[0], load_bytes_per_s=10.0, host_start_s=30.0)

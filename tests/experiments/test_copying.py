@@ -89,6 +89,7 @@ def test_steps_with_copies_of_the_busiest_and_without(tmp_path: Path, monkeypatc
     assert supervisor.copied == [], "nothing is left"
     assert len(found.status.replicas) == 4 + 2
     assert found.kept.token_s > 2 * found.calm.token_s
+    assert len(found.took_s) == len(supervisor.made)
     assert min(found.calm.messages, found.kept.messages) > 0
 
 

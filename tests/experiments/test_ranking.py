@@ -156,7 +156,7 @@ def recorded(tokens_per_s: float, copies: int = EXPERTS) -> Recorded:
         log=(),
     )
     snapshots = ((0.0, SnapshotReply()), (10.0, early), (40.0, late))
-    return Recorded(result, snapshots, status(), CopyCost(seconds=2.0, slows=COPY_SLOWS))
+    return Recorded(result, snapshots, status(), CopyCost((2.0,), slows=COPY_SLOWS))
 
 
 def test_what_a_run_tells_is_found_again(tmp_path: Path, model: Path) -> None:
@@ -239,7 +239,7 @@ def test_copies_help_once_they_are_there_and_slow_steps_until_then(tmp_path: Pat
     known = learn(asked, static, run, TOP_K)
     still = predict(asked, static, known, run.first, TOP_K)
     free, dear = (
-        predict(asked, moving, replace(known, copy=CopyCost(2.0, slows)), run.first, TOP_K) for slows in (1.0, 4.0)
+        predict(asked, moving, replace(known, copy=CopyCost((2.0,), slows)), run.first, TOP_K) for slows in (1.0, 4.0)
     )
     assert free.timeline.copies[-1] > EXPERTS
     assert free.num_tokens > 1.1 * still.num_tokens
