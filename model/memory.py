@@ -29,7 +29,8 @@ def collapse_into_huge_pages() -> int:
 
     Weights are read from end to end for every batch, and with small pages every other cache line costs a walk of the
     page tables. A hint to malloc alone does not do: packed weights are often a little smaller than a huge page, and
-    only neighbours together fill one. Does nothing where the system has no such call (Linux before 6.1) or refuses.
+    only neighbours together fill one. Where the system has no such call (Linux before 6.1) or refuses, memory is only
+    marked, and the kernel may do it later.
     """
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is None or not _MAPS.exists():
