@@ -15,7 +15,10 @@ from protos.coordinator_pb2 import FINISH_REASON_LENGTH, Sampling
 from tests.support.hot_model import prompt_of
 from tests.support.served import submit
 
-MAX_TOKENS = 48
+FEWEST_TOKENS, LENGTHS = 33, 32
+"""Answers have so many tokens and more, of so many lengths: of equal ones all would begin in the same steps, which are
+long for their prompts' sake.
+"""
 
 
 class HotLoad:
@@ -85,10 +88,10 @@ class HotLoad:
         tokens: list[tuple[int, float]] = []
         before_s: float | None = None
         sampling = Sampling(temperature=1.0, top_p=1.0, repetition_penalty=1.0, seed=which)
-        prompt = prompt_of(family, which)
+        prompt, max_tokens = prompt_of(family, which), FEWEST_TOKENS + which % LENGTHS
         try:
             async for output in self._client.generate(
-                submit(request_id, prompt, max_tokens=MAX_TOKENS, sampling=sampling, logprobs=1)
+                submit(request_id, prompt, max_tokens=max_tokens, sampling=sampling, logprobs=1)
             ):
                 now_s = time.monotonic()
                 self.tokens.extend([now_s] * len(output.token_ids))
