@@ -30,6 +30,8 @@ NUM_REFINED = 2  # as in `experiments.scenario.fidelity`
 STEADY_S = 40.0
 """Of a load that does not change, on the virtual clock."""
 NUM_HALVED = 6
+LEAST_MORE = 0.1
+"""Of the messages without copies, so many must there be more with them to tell what a message costs."""
 LEAST_LEFT = 0.05
 """Of what was measured, so much stays who it was attributed to first."""
 
@@ -76,7 +78,8 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
     known = fit.refined(known)
     if run.spread is None:
         return known
-    known = fit.refined(replace(known, message_s=_message_s(run.spread, known.step_cost, top_k)))
+    message_s = _message_s(run.spread, known.step_cost, top_k, [one for _, one in windows])
+    known = fit.refined(replace(known, message_s=message_s))
     return fit.with_answers(known, run.spread)
 
 
@@ -88,15 +91,20 @@ def _busy_s(scenario: Scenario, began_s: float, at_s: float) -> float:
     return at_s - began_s if waiting else 0.0
 
 
-def _message_s(spread: Spread, step_cost: ServiceTime, top_k: int) -> float:
-    """What the coordinator's own time grew by, for each message more; tokens more are not the messages'."""
+def _message_s(spread: Spread, step_cost: ServiceTime, top_k: int, windows: Sequence[Measured]) -> float:
+    """What the coordinator's own time grew by, for each message more; tokens more are not the messages'.
+
+    Nothing where copies made for few messages more: what else was different would be divided by next to nothing. Never
+    more than all of a window's own time.
+    """
     calm, kept = spread.calm, spread.kept
     more = kept.messages / kept.steps - calm.messages / calm.steps
-    if more <= 0:
+    if more < LEAST_MORE * calm.messages / calm.steps:
         return 0.0
     tokens = [float(one.load_LE[0].sum()) / top_k / one.steps for one in (calm, kept)]
     own_s = kept.own_s / kept.steps - calm.own_s / calm.steps - step_cost.b_s * (tokens[1] - tokens[0])
-    return max(own_s / more, 0.0)
+    most_s = min((one.own_s / one.messages for one in (calm, *windows) if one.messages), default=0.0)
+    return min(max(own_s / more, 0.0), most_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

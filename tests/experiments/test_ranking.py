@@ -205,6 +205,23 @@ def test_what_messages_and_answers_cost_is_found_again(tmp_path: Path, model: Pa
         assert found.answer_s == pytest.approx(answer_s, rel=0.2, abs=8e-4)
 
 
+def test_noise_is_not_taken_for_what_messages_cost(tmp_path: Path, model: Path) -> None:
+    """Of the demo model copies made for hardly more messages, and a slower minute became 9 ms for each."""
+    asked, run = scenario(tmp_path), recorded(1.0)
+    static = live_config(asked, model, "static")
+    load_LE = np.tile(SHARES * TOP_K * 16 * 100, (LAYERS, 1))
+    calm = Measured(100, 100 * STEP_S, 100 * wait_s(16), load_LE, 800)
+
+    def message_s(own_s: float, messages: int) -> float:
+        kept = Measured(100, own_s, 100 * wait_s(16), load_LE, messages)
+        return learn(asked, static, replace(run, spread=Spread(calm, kept, status())), TOP_K).message_s
+
+    assert message_s(3 * calm.own_s, 810) == 0
+    assert message_s(3 * calm.own_s, 900) == pytest.approx(calm.own_s / calm.messages), "it cannot be more than all"
+    assert message_s(0.5 * calm.own_s, 1600) == 0
+    assert message_s(1.1 * calm.own_s, 1600) == pytest.approx(0.1 * calm.own_s / 800)
+
+
 def test_between_steps_the_coordinator_is_at_work_where_clients_wait_for_answers(tmp_path: Path, model: Path) -> None:
     run = recorded(1.0)
     closed, opened_too = (
