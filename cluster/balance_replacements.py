@@ -34,7 +34,8 @@ def best_replacement(
     copies_E = draft.copies_U[first : first + draft.grain.num_experts]
     may_leave_EN = held_EN & (copies_E > floor)[:, None]
     may_leave_EN &= draft.open_N & (draft.slots_free_N >= 0) & (draft.bytes_free_N >= 0)
-    may_come_EN = ~held_EN & ((copies_E >= 1) & (copies_E < draft.max_copies))[:, None]
+    most_E = draft.most_U[first : first + draft.grain.num_experts]
+    may_come_EN = ~held_EN & ((copies_E >= 1) & (copies_E < most_E))[:, None]
     hosts = draft.layout.hosts
     for unit, node_id in forbidden:
         if first <= unit < first + len(held_EN):

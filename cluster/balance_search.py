@@ -170,7 +170,7 @@ def _promising(
     is_copy_O = np.array([not kind.is_move for kind in kinds])
     change_OT[draft.held_UN[units_O[:, None], targets]] = np.inf
     change_OT[is_copy_O[:, None] & crowded_T] = np.inf
-    change_OT[is_copy_O & (draft.copies_U[units_O] >= draft.max_copies)] = np.inf
+    change_OT[is_copy_O & (draft.copies_U[units_O] >= draft.most_U[units_O])] = np.inf
     found: list[_Candidate] = []
     hosts = draft.layout.hosts
     # A place that is forbidden is forbidden to a copy and to a move from each host.

@@ -12,6 +12,7 @@ import numpy as np
 from cluster.balance_search import Step, best_step, in_one
 from cluster.eplb import place_globally, transition
 from cluster.ids import NodeId
+from cluster.indivisible import Indivisible
 from cluster.layout import FloatArray, critical_share
 from cluster.layout_draft import MANY_COPIES, Draft
 from cluster.mending import Allowance, check_copies, copies_floor, copies_wanted, mend, trim
@@ -58,6 +59,8 @@ class IncrementalState:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incremental:
     """The policy. Each layer range is looked at on its own; gains are shares of its wait for its busiest hosts.
+
+    A copy is expected to bring only what it can where batches go to one replica whole (`indivisible`).
 
     At rest, moves begin when a range's load has changed by more than `noise` and moves together would gain
     `start_gain`. They go on round by round until what is left gains less than `stop_gain`; each move must gain
@@ -122,13 +125,14 @@ class Incremental:
             placed = place_globally(seen, floor=floor, most=self.max_copies)
             return transition(seen.layout, placed, "nothing is placed yet"), restless
         draft = Draft(seen.layout, seen.work_LE, max_copies=self.max_copies)
+        indivisible = Indivisible.of(seen)
         allowance = Allowance(self.budget_bytes, seen.forbidden)
         moves: list[Copy | Drop] = mend(draft, floor, allowance) + trim(draft, self.max_copies)
         if moves or state is None or state.nodes != restless.nodes:
             state = restless
         waits = critical_share(draft.busy_LN)
         if waits >= max(self.busy_share, (state.calm_at or 0.0) * swing_of(self.noise)):
-            balancing, rests = self._even_out(draft, floor, allowance, state.rests)
+            balancing, rests = self._even_out(draft, floor, allowance, state.rests, indivisible)
             return (*moves, *balancing), IncrementalState(state.nodes, rests)
         if state.calm_at is None:
             state = replace(state, calm_at=waits)
@@ -138,14 +142,21 @@ class Incremental:
         return tuple(moves), state
 
     def _even_out(
-        self, draft: Draft, floor: int, allowance: Allowance, before: tuple[Rest | None, ...]
+        self,
+        draft: Draft,
+        floor: int,
+        allowance: Allowance,
+        before: tuple[Rest | None, ...],
+        indivisible: Indivisible | None,
     ) -> tuple[list[Copy | Drop], tuple[Rest | None, ...]]:
         """Moves for balance, done on the draft; and the ranges' rests after this round."""
         rests, moves, searches = list(before), list[Copy | Drop](), 0
+        if indivisible is not None:
+            indivisible.limit(draft)
         for which in self._to_look_at(draft, rests):
             if searches >= self.max_searches:
                 break
-            steps, waits = self._search(draft, which, floor, allowance)
+            steps, waits = self._search(draft, which, floor, allowance, indivisible)
             searches += min(len(steps) + 1, self.max_moves)
             balancing, rests[which] = self._balance(draft, which, steps, waits, allowance, rests[which])
             moves += balancing
@@ -176,15 +187,16 @@ class Incremental:
         """Moves for one range within the allowance, done on the draft; and the range's rest after this round."""
         (now,) = _as_it_is(draft, which, which + 1)
         # What steps cost other ranges is added to what this range's layers cost.
-        alone = waits[0] - critical_share(draft.busy_LN[draft.grain.layers(which * draft.grain.num_experts)])
-        costs = [wait - alone for wait in waits]
+        of_range = critical_share(draft.busy_LN[draft.grain.layers(which * draft.grain.num_experts)])
+        others = critical_share(draft.busy_LN) - of_range
+        costs = [wait - others for wait in waits]
         least = self._least_gain(draft, which, costs[0])
         num = min(range(len(costs)), key=lambda i: costs[i] + i * least * costs[0])
         gain = 1 - costs[num] / max(costs[0], 1e-300)
         if num == 0 or gain < (self.stop_gain if rest is None else self.start_gain):
             return [], now
         moves: list[Copy | Drop] = []
-        steps, waits = steps[:num], waits[1 : num + 1]
+        before, steps, waits = waits[0], steps[:num], waits[1 : num + 1]
         shorter = in_one(draft, steps)
         if shorter is not None and shorter.num_bytes <= allowance.bytes_left:
             steps, waits = [shorter], waits[-1:]
@@ -192,7 +204,8 @@ class Incremental:
             if step.num_bytes > allowance.bytes_left:
                 break
             allowance.bytes_left -= step.num_bytes
-            moves += _carried_out(draft, step, wait)
+            moves += _carried_out(draft, step, before, wait)
+            before = wait
         return moves, None
 
     def _least_gain(self, draft: Draft, which: int, wait: float) -> float:
@@ -205,14 +218,20 @@ class Incremental:
         num_copies = int(draft.copies_U[first : first + num_experts].sum())
         return max(self.move_gain, min(self.choosy_gain, self.choosiness * imbalance**2 / num_copies))
 
-    def _search(self, draft: Draft, which: int, floor: int, allowance: Allowance) -> tuple[list[Step], list[float]]:
+    def _search(
+        self, draft: Draft, which: int, floor: int, allowance: Allowance, indivisible: Indivisible | None
+    ) -> tuple[list[Step], list[float]]:
         """The greedy steps for a range, whatever they weigh, and the wait of all layers before and after each.
 
         The draft is as before.
         """
+
+        def wait() -> float:
+            return critical_share(draft.busy_LN) if indivisible is None else indivisible.waits(draft, which)
+
         layers = draft.grain.layers(which * draft.grain.num_experts)
         steps: list[Step] = []
-        waits = [critical_share(draft.busy_LN)]
+        waits = [wait()]
         before = draft.loads
         while len(steps) < self.max_moves:
             step = best_step(draft, floor, allowance.forbidden, layers)
@@ -220,7 +239,7 @@ class Incremental:
                 break
             draft.redo(step.changes)
             steps.append(step)
-            waits.append(critical_share(draft.busy_LN))
+            waits.append(wait())
         draft.undo([change for step in steps for change in step.changes], before)
         return steps, waits
 
@@ -241,15 +260,15 @@ class Incremental:
         return moves
 
 
-def _carried_out(draft: Draft, step: Step, wait: float) -> list[Copy | Drop]:
-    """The step on the draft, as actions with their reason; `wait` is for the busiest hosts after it."""
+def _carried_out(draft: Draft, step: Step, before: float, after: float) -> list[Copy | Drop]:
+    """The step on the draft, as actions with their reason, and the wait for the busiest hosts before and after it."""
     hosts, layer = draft.layout.hosts, step.layer
     busy_N = draft.busy_LN[layer]
     even = float(draft.even(layer))
     why = (
         f"{hosts[step.source].node_id} is {float(busy_N.max()) / even:.2f} times as busy as the mean "
         f"in layer {layer}, most of it with {draft.grain.say(step.unit)}; "
-        f"the wait for the busiest hosts goes from {critical_share(draft.busy_LN):.1%} to {wait:.1%} of the time"
+        f"the wait for the busiest hosts goes from {before:.1%} to {after:.1%} of the time"
     )
     return [draft.copy(unit, host, why) if held else draft.drop(unit, host, why) for unit, host, held in step.changes]
 

@@ -25,14 +25,15 @@ _NOTHING = 1e-12
 class Draft:
     """Copies and drops on a private copy of `layout`. Without `work_LE` nothing is known about loads.
 
-    A search adds no copy for balance to a unit that has `max_copies`; a move may have one more for its while.
+    A search adds no copy for balance to a unit that has `most_U` copies, `max_copies` unless somebody lowers them; a
+    move may have one more for its while.
     """
 
     def __init__(self, layout: Layout, work_LE: FloatArray | None, *, max_copies: int = MANY_COPIES) -> None:
         grain = layout.grain
         self.layout = layout
         self.grain = grain
-        self.max_copies = max_copies
+        self.most_U = np.full(grain.num_units, max_copies, np.int64)
         self.held_UN = layout.held_UN.copy()
         self.copies_U = layout.copies_U.copy()
         self.slots_free_N = layout.slots_free_N.copy()

@@ -4,7 +4,8 @@ Counted by the coordinator from its dispatch plans. The layer axis is kept: summ
 cancels out. L layers, E experts, W slots of the window.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -61,26 +62,50 @@ class LoadWindow:
 
 
 class LoadCounter:
-    """Tokens routed per (layer, expert) since start, with the recent `window` kept alongside."""
+    """Tokens routed per (layer, expert) since start, with the recent `window` kept alongside.
 
-    def __init__(self, num_layers: int, num_experts: int, window: LoadWindow | None = None) -> None:
+    `divisible_rows` tells from how many rows of a batch on an expert's replicas would share them, asked once a step.
+    `batches` were counted since start: a step makes one, or several microbatches.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        window: LoadWindow | None = None,
+        divisible_rows: Callable[[], float] = lambda: math.inf,
+    ) -> None:
         _check_shape(num_layers, num_experts)
         self.window = LoadWindow(num_layers, num_experts) if window is None else window
+        self.batches = 0
         self._total_LE = _nothing(num_layers, num_experts)
+        self._divisible_LE = _nothing(num_layers, num_experts)
+        self._ask_divisible_rows = divisible_rows
+        self._divisible_rows = math.inf
 
     def add(self, layer: int, counts_E: Sequence[int]) -> None:
         """Count one layer's dispatch: tokens per expert."""
         _count(self._total_LE[layer], counts_E)
         self.window.add(layer, counts_E)
+        if layer == 0:
+            self.batches += 1
+        if max(counts_E) >= self._divisible_rows:
+            _count(self._divisible_LE[layer], [num if num >= self._divisible_rows else 0 for num in counts_E])
 
     def roll(self, now_s: float) -> None:
         """Tell the window the time, once a step."""
         self.window.roll(now_s)
+        self._divisible_rows = self._ask_divisible_rows()
 
     @property
     def total(self) -> IntArray:
         """Tokens per (layer, expert) since start, shape (L, E); a fresh array."""
         return np.array(self._total_LE, np.int64)
+
+    @property
+    def divisible(self) -> IntArray:
+        """The part of `total` from batches so large that an expert's replicas would share them, shape (L, E)."""
+        return np.array(self._divisible_LE, np.int64)
 
 
 def _nothing(num_layers: int, num_experts: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ Counters are since start, so that the window is the time between two looks and i
 and asking a policy, is done elsewhere. L layers, E experts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -40,7 +40,8 @@ class ReplicaTimes:
 class Counted:
     """One coordinator's counters: routed tokens by layer and expert, time in the experts' kernels, by replica if known.
 
-    `queue_s` is how long its oldest request waits now; `steps` it has made, in `step_s`.
+    `queue_s` is how long its oldest request waits now; `steps` it has made, in `step_s`, with `batches`. `divisible_LE`
+    is the part of the tokens that replicas would share, None where that is not told.
     """
 
     tokens_LE: IntArray
@@ -49,6 +50,8 @@ class Counted:
     steps: int = 0
     step_s: float = 0.0
     replicas: Mapping[ReplicaId, ReplicaTimes] = field(default_factory=dict)
+    divisible_LE: IntArray | None = None
+    batches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Look:
 class Measured:
     """What happened between two looks: `work_LE` in seconds of a host of speed 1 per second, tokens per second.
 
-    `growing_LE` is the part of the work that grows with tokens, `step_s` how long one of `steps_per_s` steps took.
+    `growing_LE` is the part of the work that grows with tokens, `divisible_LE` what replicas would share of that, None
+    where it is not told. One of `steps_per_s` steps took `step_s`; `batches` are at the experts at a time, at least 1.
     """
 
     work_LE: FloatArray
@@ -73,6 +77,8 @@ class Measured:
     growing_LE: FloatArray
     steps_per_s: float
     step_s: float
+    divisible_LE: FloatArray | None
+    batches: float
 
 
 def measure(
@@ -92,8 +98,7 @@ def measure(
         return None
     tokens_LE = np.zeros(shape)
     for before, now in pairs:
-        grown_LE = now.tokens_LE - before.tokens_LE
-        tokens_LE += now.tokens_LE if (grown_LE < 0).any() else grown_LE
+        tokens_LE += _grown(now.tokens_LE, before.tokens_LE)
     compute_s = sum(_since(now.compute_s, before.compute_s) for before, now in pairs)
     times = _times(pairs)
     speeds = _speeds(times, places)
@@ -111,7 +116,33 @@ def measure(
         growing_LE=growing_LE / period_s,
         steps_per_s=steps / period_s,
         step_s=step_s / steps if steps else 0.0,
+        divisible_LE=_divisible(pairs, tokens_LE, growing_LE / period_s),
+        batches=max(sum(_batches(before, now) for before, now in pairs), 1.0),
     )
+
+
+def _grown(now_LE: IntArray, before_LE: IntArray) -> IntArray:
+    grown_LE: IntArray = now_LE - before_LE
+    return now_LE if (grown_LE < 0).any() else grown_LE
+
+
+def _divisible(
+    pairs: Sequence[tuple[Counted, Counted]], tokens_LE: FloatArray, growing_LE: FloatArray
+) -> FloatArray | None:
+    """Of the work that grows, the tokens' part that replicas would share; None unless every coordinator tells it."""
+    shared_LE = np.zeros(tokens_LE.shape)
+    for before, now in pairs:
+        if before.divisible_LE is None or now.divisible_LE is None:
+            return None
+        shared_LE += _grown(now.divisible_LE, before.divisible_LE)
+    divisible_LE: FloatArray = growing_LE * np.minimum(shared_LE / np.maximum(tokens_LE, 1.0), 1.0)
+    return divisible_LE
+
+
+def _batches(before: Counted, now: Counted) -> float:
+    """How many of a coordinator's batches are at the experts at a time: microbatches; 0 while it makes no steps."""
+    steps = _since(now.steps, before.steps)
+    return _since(now.batches, before.batches) / steps if steps else 0.0
 
 
 def _since(now: float, before: float) -> float:

@@ -77,17 +77,20 @@ class Observation:
 
     `layout` is what is there now, on the hosts that are there now; a policy is asked again only when its earlier
     actions are done or have failed. `work_LE`: seconds of a host of speed 1 per second, by layer and expert
-    (`service_time.busy_seconds` of a window over its length); `growing_LE`: the part of it that grows with tokens (b ·
-    tokens, without a · calls), all of it where that is not known. `steps_per_s` and `step_s`: the coordinator's steps
-    in the window and how long one took, 0 where that is not known. `queue_s`: how long the oldest request waits to be
-    begun. `failed`: actions that have failed since the last observation. `forbidden`: (unit, node) pairs on which
-    no copy may be put now.
+    (`service_time.busy_seconds` of a window over its length). Parts of it, all of it where that is not known:
+    `growing_LE` grows with tokens (b · tokens, without a · calls); `divisible_LE` is what of that comes in batches so
+    large that an expert's replicas share them. The rest one replica does, whichever, for each of the `batches` that are
+    at the experts at a time. `steps_per_s` and `step_s`: the coordinator's steps in the window and how long one took, 0
+    where that is not known. `queue_s`: how long the oldest request waits to be begun. `failed`: actions that have
+    failed since the last observation. `forbidden`: (unit, node) pairs on which no copy may be put now.
     """
 
     now_s: float
     layout: Layout
     work_LE: FloatArray
     growing_LE: FloatArray | None = None
+    divisible_LE: FloatArray | None = None
+    batches: float = 1.0
     steps_per_s: float = 0.0
     step_s: float = 0.0
     queue_s: float = 0.0
@@ -100,9 +103,12 @@ class Observation:
         if self.work_LE.shape != shape or not np.isfinite(self.work_LE).all() or (self.work_LE < 0).any():
             raise ValueError(f"work_LE has shape {self.work_LE.shape}; it must be {shape}, finite, nowhere negative")
         most_LE = self.work_LE * (1 + 1e-9) + 1e-12  # rounding is no contradiction
-        part = self.growing_LE
-        if part is not None and not (part.shape == shape and (part >= 0).all() and (part <= most_LE).all()):
-            raise ValueError(f"growing_LE has shape {part.shape}; it must be {shape}, a part of work_LE")
+        for name in ("growing_LE", "divisible_LE"):
+            part = getattr(self, name)
+            if part is not None and not (part.shape == shape and (part >= 0).all() and (part <= most_LE).all()):
+                raise ValueError(f"{name} has shape {part.shape}; it must be {shape}, a part of work_LE")
+        if not 1 <= self.batches < np.inf:
+            raise ValueError(f"batches is {self.batches}, but it must be at least 1 and finite")
 
     @property
     def growing(self) -> FloatArray:

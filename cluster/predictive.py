@@ -57,6 +57,10 @@ class Predictive:
         forecast, inner_state = state or (Forecast(seen.work_LE, np.zeros_like(seen.work_LE), seen.now_s), None)
         forecast = forecast.seen(seen.work_LE, seen.now_s, self.half_life_s)
         work_LE = forecast.ahead(self.horizon_s)
-        growing_LE = None if seen.growing_LE is None else np.minimum(seen.growing_LE, work_LE)
-        actions, inner_state = self.inner(replace(seen, work_LE=work_LE, growing_LE=growing_LE), inner_state)
+        parts = {
+            name: np.minimum(part, work_LE)
+            for name in ("growing_LE", "divisible_LE")
+            if (part := getattr(seen, name)) is not None
+        }
+        actions, inner_state = self.inner(replace(seen, work_LE=work_LE, **parts), inner_state)
         return actions, (forecast, inner_state)

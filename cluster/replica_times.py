@@ -193,10 +193,10 @@ class TimesBook:
             return FIRST_GUESS
         return ServiceTime(sum(one.a_s for one in lines) / len(lines), sum(one.b_s for one in lines) / len(lines))
 
-    def usual_s(self, calls: int, rows: int) -> float:
-        """How long so much work takes at a usual replica, by its kernels: half of those measured are no slower.
+    def usual(self) -> ServiceTime:
+        """The line of a usual replica, by its kernels: half of those measured are no slower. No time while nobody is.
 
-        0 while nobody is measured. In the hot loop: who is usual is looked at now and then.
+        In the hot loop: who is usual is looked at now and then.
         """
         if self._looks_in == 0:
             self._looks_in = _LOOK_EVERY
@@ -207,7 +207,12 @@ class TimesBook:
                     sorted([one.a_s for one in lines])[middle], sorted([one.b_s for one in lines])[middle]
                 )
         self._looks_in -= 1
-        return self._usual.a_s * calls + self._usual.b_s * rows
+        return self._usual
+
+    def usual_s(self, calls: int, rows: int) -> float:
+        """How long so much work takes at a usual replica."""
+        usual = self.usual()
+        return usual.a_s * calls + usual.b_s * rows
 
     def reports(self, now_s: float) -> list[ReplicaReport]:
         """By id."""

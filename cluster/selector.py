@@ -16,6 +16,7 @@ from itertools import chain
 
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, ReplicaId
+from cluster.service_time import ServiceTime
 
 LEAST_B_S = 1e-12
 """Who has no measurable time for a row is not divided by."""
@@ -45,6 +46,10 @@ class SelectorPolicy:
             value = getattr(self, name)
             if not 0 <= value <= most:
                 raise ValueError(f"{name} is {value}, but it must be 0 to {most:g}")
+
+    def divisible_rows(self, line: ServiceTime) -> float:
+        """The fewest rows of a batch that two replicas with this line would share; infinite where none would."""
+        return max(2 * self.split_past * line.ridge_tokens, 2.0) if self.split else math.inf
 
     def leaning(self, seat: int) -> float:
         """How much the coordinator of this `seat` minds the server it likes least: `lean`, or down to half of it.

@@ -97,6 +97,7 @@ class _Window:
 
     tokens_LE: IntArray
     calls_LE: IntArray
+    divisible_LE: IntArray
     seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
@@ -166,6 +167,8 @@ class _Run:
                 f"the trace {trace.num_layers} of {trace.num_experts}"
             )
         self.config, self.policy = config, policy
+        self._selector = SelectorPolicy(split=config.split)
+        self._divisible_rows = self._selector.divisible_rows(config.cost)
         self._layers_L = np.arange(grain.num_layers)
         self.tokens = _TokenSource(trace, config.locality_s)
         self.engine = SimulatedEngine(
@@ -237,6 +240,7 @@ class _Run:
         self.window.step_s += step_s
         self.window.tokens_LE += tokens_LE
         self.window.calls_LE += tokens_LE > 0
+        self.window.divisible_LE += np.where(tokens_LE >= self._divisible_rows, tokens_LE, 0)
         self.window_seconds_LN += worked.seconds_LN
         self.window_critical_s += waited_s
 
@@ -306,11 +310,13 @@ class _Run:
         elapsed_s, steps = sum(one.seconds for one in windows), sum(one.steps for one in windows)
         tokens_LE: IntArray = np.sum([one.tokens_LE for one in windows], axis=0)
         calls_LE: IntArray = np.sum([one.calls_LE for one in windows], axis=0)
+        divisible_LE: IntArray = np.sum([one.divisible_LE for one in windows], axis=0)
         return Observation(
             now_s=self.now_s,
             layout=self.cluster.layout,
             work_LE=busy_seconds(calls_LE, tokens_LE, cost) / elapsed_s,
             growing_LE=tokens_LE.astype(np.float64) * (cost.b_s / elapsed_s),
+            divisible_LE=divisible_LE.astype(np.float64) * (cost.b_s / elapsed_s),
             steps_per_s=steps / elapsed_s,
             step_s=sum(one.step_s for one in windows) / steps if steps else 0.0,
             queue_s=self.engine.queue_s(self.now_s),
@@ -335,7 +341,7 @@ class _Run:
 
     def _begin_window(self) -> None:
         shape = self.cluster.layout.grain.num_layers, self.cluster.layout.grain.num_experts
-        self.window = _Window(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        self.window = _Window(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
         self.window_began_s = self.now_s
         self.window_critical_s = 0.0
         self._clear_seconds()
@@ -349,9 +355,8 @@ class _Run:
         if (layout.copies_U == 0).any():
             self._clear_seconds()
             return
-        selector = SelectorPolicy(split=self.config.split)
         self.servers = Servers(
-            layout, self.config.cost, selector, apart=self.config.apart, answer_s=self.config.answer_s
+            layout, self.config.cost, self._selector, apart=self.config.apart, answer_s=self.config.answer_s
         )
         self._clear_seconds()
 

@@ -210,7 +210,9 @@ class Coordinator:
                 self._report.detail = f"waiting for the experts: {error}"
 
     def _make_engine(self, model: LoadedModel, experts: RemoteExperts, service: CoordinatorService) -> Engine:
-        load = LoadCounter(model.config.num_layers, model.config.num_experts)
+        load = LoadCounter(
+            model.config.num_layers, model.config.num_experts, divisible_rows=lambda: experts.divisible_rows
+        )
         driver = ForwardDriver(model.backbone, model.kv, experts, load, _microbatches(self._config))
         return Engine(
             driver=driver,

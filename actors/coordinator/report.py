@@ -73,7 +73,7 @@ class CoordinatorReport:
         `replica_health` and `replica_times` are lists of dicts.
         """
         facts: dict[str, Any] = {one.name: getattr(snapshot, one.name) for one in snapshot.DESCRIPTOR.fields}
-        for name in ("load", "window_load"):
+        for name in ("load", "window_load", "divisible_load"):
             facts[name] = [list(layer.tokens) for layer in facts[name]]
         for name in ("replica_health", "replica_times"):
             facts[name] = [
@@ -115,6 +115,8 @@ def _add_engine(reply: SnapshotReply, engine: Engine) -> None:
     reply.trace_dropped_tokens_total = tap.dropped_total
     reply.load.extend(_layers(load.total))
     reply.window_load.extend(_layers(load.window.load))
+    reply.divisible_load.extend(_layers(load.divisible))
+    reply.batches_total = load.batches
     reply.window_s = load.window.covered_s
     reply.queue_s = engine.live.queue_s(engine.now())
 

@@ -95,6 +95,11 @@ class RemoteExperts:
         """What is known of the speed of each replica of the map, by id."""
         return self._pool.times.reports(asyncio.get_running_loop().time())
 
+    @property
+    def divisible_rows(self) -> float:
+        """The fewest rows of a batch that two replicas of an expert would share, as far as their speed is known."""
+        return self._pool.divisible_rows
+
     def apply_map(self, new: ExpertMap) -> None:
         """Switches maps at once: opens connections to new replicas, closes old ones when they have answered.
 

@@ -105,6 +105,11 @@ class ReplicaPool:
         ranked = candidates(self._map, LayerId(layer), ExpertId(expert), inflight, usable, ranks)
         return [usable[replica.replica_id] for replica in ranked]
 
+    @property
+    def divisible_rows(self) -> float:
+        """The fewest rows of a batch that two replicas of an expert would share."""
+        return self._selector.policy.divisible_rows(self.times.usual())
+
     def choose(self, layer: int, parts: Sequence[ExpertRows]) -> Chosen:
         """Who gets which rows of a layer: `parts` are whole experts, in ascending order."""
         return choose(self._named, layer, parts, self._selector, self._clock())

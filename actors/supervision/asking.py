@@ -99,6 +99,8 @@ def _counted(info: Mapping[str, Any], tokens_LE: IntArray) -> Counted:
         replicas=times,
         steps=int(info.get("steps_total") or 0),
         step_s=float(info.get("step_s_total") or 0.0),
+        divisible_LE=np.asarray(told, np.int64) if (told := info.get("divisible_load")) else None,
+        batches=int(info.get("batches_total") or 0),
     )
 
 

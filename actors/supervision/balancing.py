@@ -231,11 +231,14 @@ class Balancing:
             if one.replica_id in experts.places
             for unit in units_of(one, grain)
         }
+        in_tokens = self._config.target_tokens_per_s is not None
         observation = Observation(
             now_s=time.monotonic(),
             layout=self._mover.layout,
             work_LE=self._config.shown_work(measured.work_LE, measured.tokens_LE),
-            growing_LE=measured.growing_LE if self._config.target_tokens_per_s is None else None,
+            growing_LE=None if in_tokens else measured.growing_LE,
+            divisible_LE=None if in_tokens else measured.divisible_LE,
+            batches=measured.batches,
             steps_per_s=measured.steps_per_s,
             step_s=measured.step_s,
             queue_s=measured.queue_s,

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,20 @@ def test_the_window_begins_with_the_first_look_at_somebody_even_one_who_has_coun
     assert (first.at_s, last.at_s) == (2.0, 3.0)
     grown_LE = last.coordinators["coordinator-0"].tokens_LE - first.coordinators["coordinator-0"].tokens_LE
     assert grown_LE.tolist() == [[5, 7]]
+
+
+def test_what_replicas_would_share_is_known_from_who_tells_it() -> None:
+    watch = Watch()
+    told = view([[5, 7]])
+    assert told.info is not None
+    info = {**told.info, "divisible_load": [[0, 7]], "batches_total": 2}
+    watch.add(0.0, {"coordinator-0": told, "coordinator-1": replace(told, info=info)}, (1, 2))
+    watch.add(1.0, {"coordinator-0": told, "coordinator-1": replace(told, info=info)}, (1, 2))
+    assert watch.window is not None
+    silent, telling = (watch.window[1].coordinators[f"coordinator-{i}"] for i in range(2))
+    assert (silent.divisible_LE, silent.batches) == (None, 0), "one of before"
+    assert telling.divisible_LE is not None
+    assert (telling.divisible_LE.tolist(), telling.batches) == ([[0, 7]], 2)
 
 
 def test_who_counts_another_models_experts_is_not_looked_at() -> None:

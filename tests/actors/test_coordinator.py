@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -278,6 +279,12 @@ async def test_it_says_how_fast_its_experts_are_and_how_long_requests_wait(check
         snapshot, info = await client.snapshot(), await coordinator.info()
     assert snapshot.queue_s == 0
     assert 0 < snapshot.window_s < 60
+    assert snapshot.batches_total == 20, "a step has one each: so few tokens are not cut in microbatches"
+    load_LE = np.array([list(one.tokens) for one in snapshot.load])
+    divisible_LE = np.array([list(one.tokens) for one in snapshot.divisible_load])
+    assert divisible_LE.tolist() == info["divisible_load"]
+    assert divisible_LE.shape == load_LE.shape
+    assert (divisible_LE <= load_LE).all()
     assert [one["replica_id"] for one in info["replica_times"]] == [info["replica_id"] for info in infos]
     for expert, (times, facts) in enumerate(zip(snapshot.replica_times, info["replica_times"], strict=True)):
         assert {name: getattr(times, name) for name in facts} | {"busy_share": 0} == facts | {"busy_share": 0}

@@ -102,3 +102,18 @@ def test_sizes_must_be_positive() -> None:
         LoadWindow(1, 1, num_slots=0)
     with pytest.raises(ValueError, match="window_s is 0"):
         LoadWindow(1, 1, window_s=0.0)
+
+
+def test_batches_and_what_of_them_replicas_would_share_are_counted() -> None:
+    least = [4.0]
+    counter = LoadCounter(2, 3, divisible_rows=lambda: least[0])
+    counter.add(0, (9, 9, 9))
+    assert counter.divisible.tolist() == [[0, 0, 0], [0, 0, 0]], "nobody was asked yet"
+    counter.roll(1.0)
+    counter.add(0, (4, 3, 0))
+    counter.add(1, (1, 2, 3))
+    least[0] = 3.0
+    counter.roll(2.0)
+    counter.add(1, (1, 2, 3))
+    assert counter.divisible.tolist() == [[4, 0, 0], [0, 0, 3]]
+    assert counter.batches == 2, "a layer's rows of a batch are counted once for each layer"

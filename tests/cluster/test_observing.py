@@ -81,3 +81,33 @@ def test_a_node_that_hardly_worked_has_no_speed_yet() -> None:
     )
     assert seen is not None
     assert seen.speeds == {}
+
+
+def test_what_replicas_share_is_of_the_work_that_grows_and_only_known_if_all_tell_it() -> None:
+    def look(at_s: float, steps: int, divisible: int | None) -> Look:
+        times = ReplicaTimes(calls=steps, tokens=10 * steps, compute_s=0.02 * steps, a_s=0.01, b_s=0.001)
+        tokens_LE = np.array([[10 * steps, 0, 0], [0, 0, 0]])
+        one = Counted(
+            tokens_LE=tokens_LE,
+            compute_s=0.02 * steps,
+            steps=steps,
+            batches=2 * steps,
+            replicas={ReplicaId("x"): times},
+            divisible_LE=None if divisible is None else np.array([[divisible, 0, 0], [0, 0, 0]]),
+        )
+        return Look(at_s, {"a": one, "b": one})
+
+    where = [replica("x", 0)], {ReplicaId("x"): NodeId("n0")}
+    seen = measure(look(0.0, 10, 10), look(2.0, 20, 40), SHAPE, *where)
+    assert seen is not None
+    assert seen.growing_LE[0, 0] == pytest.approx(0.1), "half of 0.2 s a second"
+    assert seen.divisible_LE is not None
+    assert seen.divisible_LE[0] == pytest.approx([0.03, 0, 0]), "30 of 100 tokens"
+    assert seen.batches == 4, "two coordinators with two microbatches each"
+    for first, last in ((None, 40), (10, None)):
+        seen = measure(look(0.0, 10, first), look(2.0, 20, last), SHAPE, *where)
+        assert seen is not None
+        assert seen.divisible_LE is None
+    idle = measure(look(0.0, 10, 10), look(2.0, 10, 10), SHAPE, *where)
+    assert idle is not None
+    assert idle.batches == 1

@@ -1,5 +1,6 @@
 """A layer's rows end as early as may be: whole experts below the ridge, parts past it, nobody who must not be asked."""
 
+import math
 import random
 import statistics
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from cluster.expert_map import ExpertMap, ReplicaInfo
 from cluster.ids import ExpertId, LayerId, NodeId, ReplicaId
 from cluster.selector import Selector, SelectorPolicy, Server, candidates, fewest_in_flight, layer_end_s
+from cluster.service_time import ServiceTime
 from tests.support.plain_selector import PlainSelector
 
 LAYER, EXPERT = LayerId(0), ExpertId(0)
@@ -78,6 +80,15 @@ def test_below_the_ridge_it_is_whole_and_past_it_the_parts_end_together() -> Non
     assert place(900, line(), line(b_s=2 * B_S)) == {0: 600, 1: 300}
     assert place(900, line(1e-3), line()) == {0: 400, 1: 500}
     assert place(300, line(), line(), line()) == {0: 100, 1: 100, 2: 100}
+
+
+def test_from_so_many_rows_on_two_that_are_idle_share_them() -> None:
+    one = ServiceTime(A_S, B_S)
+    assert PLAIN.divisible_rows(one) == 200
+    assert replace(PLAIN, split_past=0.3).divisible_rows(one) == 60
+    assert PLAIN.divisible_rows(ServiceTime(0.0, B_S)) == 2, "a row cannot be shared"
+    assert PLAIN.divisible_rows(ServiceTime(A_S, 0.0)) == math.inf
+    assert replace(PLAIN, split=False).divisible_rows(one) == math.inf
 
 
 def test_the_ridge_and_the_gain_that_a_split_must_bring_are_configurable() -> None:

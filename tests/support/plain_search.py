@@ -71,7 +71,7 @@ def best_replacement(
         if draft.held_UN[spare, host]
         and draft.copies_U[spare] > floor
         and not draft.held_UN[unit, host]
-        and 1 <= draft.copies_U[unit] < draft.max_copies
+        and 1 <= draft.copies_U[unit] < draft.most_U[unit]
         and (unit, hosts[host].node_id) not in forbidden
     ]
     if not ways or draft.is_parallel:
@@ -115,7 +115,7 @@ def _ranked(
     copy_KT, move_KT = _estimates(draft, layers, host, units, targets)
     taken_KT = draft.held_UN[np.ix_(units, targets)]
     copy_KT[taken_KT | ~(rooms | spare_N)[targets]] = np.inf
-    copy_KT[draft.copies_U[units] >= draft.max_copies] = np.inf
+    copy_KT[draft.copies_U[units] >= draft.most_U[units]] = np.inf
     move_KT[taken_KT] = np.inf
     hosts = draft.layout.hosts
     for k, t in np.ndindex(taken_KT.shape):
