@@ -27,7 +27,7 @@ CORRECTIONS = 400
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
     """Totals between two snapshots: steps, seconds of the coordinator and of waiting, rows by expert (L, E), messages
-    to experts.
+    to experts. `row_s` is what a row more takes at an expert, by what coordinators fit; 0 where that is not known.
     """
 
     steps: int
@@ -35,6 +35,7 @@ class Measured:
     wait_s: float
     load_LE: FloatArray
     messages: int = 0
+    row_s: float = 0.0
 
     @property
     def busiest(self) -> float:
@@ -55,6 +56,7 @@ def together(several: Sequence[Measured]) -> Measured:
         wait_s=sum(one.wait_s for one in several),
         load_LE=np.sum([one.load_LE for one in several], axis=0),
         messages=sum(one.messages for one in several),
+        row_s=several[-1].row_s,
     )
 
 
@@ -80,7 +82,14 @@ def measured(before: SnapshotReply, after: SnapshotReply, busy_s: float = 0.0) -
         wait_s=wait_s,
         load_LE=load_LE,
         messages=int(passed("wire_messages_total")),
+        row_s=_row_s(after),
     )
+
+
+def _row_s(snapshot: SnapshotReply) -> float:
+    """Of the replicas that did something, each as much as it did."""
+    tokens = sum(one.tokens_total for one in snapshot.replica_times)
+    return sum(one.tokens_total * one.b_us for one in snapshot.replica_times) * 1e-6 / max(tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,16 +102,20 @@ class Calibration:
 
 
 def calibrate(points: Sequence[Measured], top_k: int, busiest: Sequence[float] | None = None) -> Calibration:
-    """The non-negative lines that fit all points best, each point's relative error counting alike.
+    """The non-negative lines that fit all points, with which all steps together take as long as they did.
 
-    `busiest`: for each point the rows that a step waits for, summed over layers; by its mean step without it.
+    `busiest`: for each point the rows that a step waits for, summed over layers; by its mean step without it. Steps
+    that are longer than the time between two snapshots are half in one and half in the other: so the slope of waiting
+    is no less than what experts' own calls say.
     """
     if not points:
         raise ValueError("there is no measurement to calibrate with")
-    num_layers = len(points[0].load_LE)
-    own = _line([float(p.load_LE[0].sum()) / top_k / p.steps for p in points], [p.own_s / p.steps for p in points])
-    rows = [p.busiest for p in points] if busiest is None else busiest
-    wait = _line([num / num_layers for num in rows], [p.wait_s / p.steps / num_layers for p in points])
+    num_layers, steps = len(points[0].load_LE), [p.steps for p in points]
+    tokens = [float(p.load_LE[0].sum()) / top_k / p.steps for p in points]
+    own = _line(tokens, [p.own_s / p.steps for p in points], steps)
+    rows = [num / num_layers for num in ([p.busiest for p in points] if busiest is None else busiest)]
+    row_s = sum(p.row_s * p.steps for p in points) / sum(steps)
+    wait = _line(rows, [p.wait_s / p.steps / num_layers for p in points], steps, row_s)
     total_LE: FloatArray = np.sum([p.load_LE for p in points], axis=0)
     return Calibration(wait, own, total_LE / np.maximum(total_LE.sum(axis=1, keepdims=True), 1))
 
@@ -129,14 +142,13 @@ def drawing_weights(shares_LE: FloatArray, top_k: int) -> FloatArray:
     return weights_LE
 
 
-def _line(xs: Sequence[float], ys: Sequence[float]) -> ServiceTime:
-    x, y = np.array(xs), np.array(ys)
-    if len(x) == 1 or np.ptp(x) < 1e-9 * x.max():
-        return ServiceTime(float(y.mean()), 0.0)
-    weight = 1 / np.maximum(y, 1e-12)
-    (level, slope), *_ = np.linalg.lstsq(np.stack([weight, x * weight], axis=1), np.ones(len(x)), rcond=None)
-    if level < 0:
-        return ServiceTime(0.0, float((x * weight).sum() / ((x * weight) ** 2).sum()))
-    if slope < 0:
-        return ServiceTime(float(weight.sum() / (weight**2).sum()), 0.0)
-    return ServiceTime(float(level), float(slope))
+def _line(xs: Sequence[float], ys: Sequence[float], weights: Sequence[float], least_slope: float = 0.0) -> ServiceTime:
+    """Through the weighted mean of all points; the slope fits their relative errors best."""
+    x, y, weight = np.array(xs), np.array(ys), np.array(weights, np.float64)
+    x_mean, y_mean = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
+    slope = 0.0
+    if len(x) > 1 and np.ptp(x) >= 1e-9 * x.max():
+        each = np.sqrt(weight) / np.maximum(y, 1e-12)
+        slope = float(np.linalg.lstsq(np.stack([each, x * each], axis=1), y * each, rcond=None)[0][1])
+    slope = min(max(slope, least_slope), y_mean / max(x_mean, 1e-12))
+    return ServiceTime(max(y_mean - slope * x_mean, 0.0), slope)

@@ -8,7 +8,7 @@ again (`experiments.scenario.calibration`). What messages and answers cost, step
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby
 
 import numpy as np
 
@@ -30,6 +30,8 @@ NUM_REFINED = 2  # as in `experiments.scenario.fidelity`
 STEADY_S = 40.0
 """Of a load that does not change, on the virtual clock."""
 NUM_HALVED = 6
+LEAST_TOKENS = 500
+"""From fewer the popularity of experts is chance more than anything."""
 LEAST_MORE = 0.1
 """Of the messages without copies, so many must there be more with them to tell what a message costs."""
 LEAST_LEFT = 0.05
@@ -55,14 +57,11 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
     places = tuple(
         (expert, NodeId(one.node)) for one in run.first.replicas for expert in one.expert_ids if one.state == "ready"
     )
-    windows = [
-        (at_s, measured(before, now, _busy_s(scenario, began_s, at_s)))
-        for (began_s, before), (at_s, now) in pairwise(run.snapshots)
-        if now.steps_total > before.steps_total
-    ]
+    windows = _windows(scenario, run.snapshots)
     if not windows or not places or run.copy is None:
         raise ValueError("nothing was served in the first policy's run")
-    shares_WLE = np.stack([one.load_LE / np.maximum(one.load_LE.sum(axis=1, keepdims=True), 1) for _, one in windows])
+    loads = _popularity(scenario, windows, top_k)
+    shares_WLE = np.stack([load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1) for _, load_LE in loads])
     nothing = ServiceTime(0.0, 0.0)
     known = Known(
         cost=nothing,
@@ -71,7 +70,7 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
         answer_s=0.0,
         copy=run.copy if run.spread is None else replace(run.copy, took_s=run.copy.took_s + run.spread.took_s),
         places=places,
-        window_end_s=np.array([at_s for at_s, _ in windows]),
+        window_end_s=np.array([at_s for at_s, _ in loads]),
         weights_WLE=np.stack([drawing_weights(shares_LE, top_k) for shares_LE in shares_WLE]),
     )
     fit = Fit.of(scenario, config, run.first, top_k, known, [one for _, one in windows])
@@ -81,6 +80,38 @@ def learn(scenario: Scenario, config: ClusterConfig, run: Recorded, top_k: int) 
     message_s = _message_s(run.spread, known.step_cost, top_k, [one for _, one in windows])
     known = fit.refined(replace(known, message_s=message_s))
     return fit.with_answers(known, run.spread)
+
+
+def _windows(scenario: Scenario, snapshots: Sequence[tuple[float, SnapshotReply]]) -> list[tuple[float, Measured]]:
+    """Each with its end; a window in which no step ended is a part of the next one, in which its rows are answered."""
+    windows: list[tuple[float, Measured]] = []
+    if snapshots:
+        began_s, before = snapshots[0]
+        for at_s, now in snapshots[1:]:
+            if now.steps_total > before.steps_total:
+                windows.append((at_s, measured(before, now, _busy_s(scenario, began_s, at_s))))
+                began_s, before = at_s, now
+    return windows
+
+
+def _popularity(
+    scenario: Scenario, windows: Sequence[tuple[float, Measured]], top_k: int
+) -> list[tuple[float, FloatArray]]:
+    """Rows by expert, each with the end of its time: of windows of one phase as many together as are enough to tell."""
+    ends_s = np.cumsum([phase.duration_s for phase in scenario.phases])
+    found: list[tuple[float, FloatArray]] = []
+    for _, group in groupby(windows, key=lambda window: int(np.searchsorted(ends_s, window[0]))):
+        of_phase: list[tuple[float, FloatArray]] = []
+        for at_s, one in group:
+            if of_phase and of_phase[-1][1][0].sum() < LEAST_TOKENS * top_k:
+                of_phase[-1] = at_s, of_phase[-1][1] + one.load_LE
+            else:
+                of_phase.append((at_s, one.load_LE))
+        if len(of_phase) > 1 and of_phase[-1][1][0].sum() < LEAST_TOKENS * top_k:
+            at_s, rest_LE = of_phase.pop()
+            of_phase[-1] = at_s, of_phase[-1][1] + rest_LE
+        found += of_phase
+    return found
 
 
 def _busy_s(scenario: Scenario, began_s: float, at_s: float) -> float:

@@ -19,7 +19,7 @@ from cluster.simulate import SimulationResult, Timeline
 from experiments.scenario import ranking
 from experiments.scenario.calibration import Measured, drawing_weights, measured
 from experiments.scenario.copying import CopyCost
-from experiments.scenario.learning import Fit, Recorded, learn, steady
+from experiments.scenario.learning import LEAST_TOKENS, Fit, Recorded, learn, steady
 from experiments.scenario.live import live_config
 from experiments.scenario.prediction import Known, as_live, predict
 from experiments.scenario.schema import Scenario, ScenarioError, read_scenario
@@ -28,7 +28,7 @@ from experiments.scenario.spreading import Spread
 from experiments.simulation.synthetic_routing import RoutingModel, route
 from model.experts import ExpertColumn
 from model.storage.checkpoint import Checkpoint
-from protos.coordinator_pb2 import LayerLoad, SnapshotReply
+from protos.coordinator_pb2 import LayerLoad, ReplicaTimes, SnapshotReply
 from tests.support.checkpoints import write_mixtral
 from tests.support.still_supervisor import status_of
 
@@ -171,6 +171,55 @@ def test_what_a_run_tells_is_found_again(tmp_path: Path, model: Path) -> None:
     empty = Recorded(run.result, ((0.0, SnapshotReply()), (1.0, SnapshotReply())), status(), run.copy)
     with pytest.raises(ValueError, match="nothing was served"):
         learn(asked, static, empty, TOP_K)
+
+
+def long_steps(row_s: float) -> tuple[tuple[float, SnapshotReply], ...]:
+    """A step's rows are counted when it sends them, its time when it ends; windows are half a short step."""
+    rng, window_s = np.random.default_rng(0), 0.5 * step_s(4)
+    lines = [ReplicaTimes(replica_id=f"r{e}", tokens_total=9, b_us=row_s * 1e6) for e in range(EXPERTS)]
+    snapshots, begun, ended, seconds, waits, at_s = [(0.0, SnapshotReply())], np.zeros(EXPERTS), 0, 0.0, 0.0, 0.0
+    while at_s < 39:
+        tokens = int(rng.choice([4, 60]))
+        begun = begun + SHARES * tokens * TOP_K
+        at_s += step_s(tokens) / BUSY
+        while snapshots[-1][0] + window_s < at_s:
+            now = SnapshotReply(
+                steps_total=ended,
+                step_s_total=seconds,
+                expert_wait_s_total=waits,
+                load=[LayerLoad(tokens=[round(rows) for rows in begun])] * LAYERS,
+                replica_times=lines,
+            )
+            snapshots.append((snapshots[-1][0] + window_s, now))
+        ended, seconds, waits = ended + 1, seconds + step_s(tokens), waits + wait_s(tokens)
+    return tuple(snapshots)
+
+
+def test_of_steps_longer_than_a_window_experts_tell_what_a_row_takes(tmp_path: Path, model: Path) -> None:
+    asked, run = scenario(tmp_path, opened(TEXT)), recorded(1.0)
+    static = live_config(asked, model, "static")
+    told, guessed = (
+        learn(asked, static, replace(run, snapshots=long_steps(row_s)), TOP_K).cost for row_s in (ROW_S, 0.0)
+    )
+    assert told.b_s == pytest.approx(ROW_S, rel=0.01)
+    assert told.a_s == pytest.approx(CALL_S, rel=0.3)
+    assert guessed.b_s < 0.5 * ROW_S, "else their word would not be needed"
+
+
+def test_popularity_is_of_enough_tokens_and_of_one_phase(tmp_path: Path, model: Path) -> None:
+    asked, run = scenario(tmp_path, opened(TEXT)), recorded(1.0)
+    early, late = snapshot(10, 2), [snapshot(seconds, 16) for seconds in np.linspace(0.0, 30.0, 61)]
+    snapshots = (
+        (0.0, SnapshotReply()),
+        (10.0, early),
+        *((10 + i / 2, plus(early, one)) for i, one in enumerate(late) if i),
+    )
+    known = learn(asked, live_config(asked, model, "static"), replace(run, snapshots=snapshots), TOP_K)
+    ends_s = known.window_end_s.tolist()
+    assert ends_s[0] == 10, "the first phase has few tokens, and they are of that phase"
+    assert ends_s[-1] == 40
+    tokens = sum(late[-1].load[0].tokens) / TOP_K
+    assert LEAST_TOKENS <= tokens / (len(ends_s) - 1) <= 1.5 * LEAST_TOKENS
 
 
 def test_what_messages_and_answers_cost_is_found_again(tmp_path: Path, model: Path) -> None:
