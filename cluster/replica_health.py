@@ -88,6 +88,8 @@ class HealthBook:
         else:
             record.paces[answers % sample] = pace
         record.answers = answers + 1
+        before_s, record.answered_s = record.answered_s, now_s
+        was_slow, record.is_slow = record.is_slow, pace >= self.policy.outlier
         if self._compared:
             self._take_turns(record, pace)
         if record.strikes:
@@ -97,7 +99,7 @@ class HealthBook:
         if record.answers % sample == 0:
             record.pace = usual(record.paces)
             self._look_for_outlier(record, size, now_s)
-        elif pace >= self.policy.outlier and record.answers > sample:
+        elif record.is_slow and record.answers > sample and (was_slow or now_s - before_s >= self.policy.seldom_s):
             self._look_at_slow_answer(record, (pace - 1) * self.times.typical_s(size), now_s)
 
     def spoke(self, record: ReplicaRecord) -> None:
@@ -201,7 +203,7 @@ class HealthBook:
 
     def _look_at_slow_answer(self, record: ReplicaRecord, gap_s: float, now_s: float) -> None:
         """Who becomes slow is hardly asked any more where there are others (`cluster.selector`), and would never be
-        looked at: one answer is reason enough to compare.
+        looked at: where answers are seldom, one is reason enough to compare. Else one is a hiccup, and two are not.
         """
         if gap_s >= self.policy.least_gap_s and now_s >= record.compare_from_s:
             self._begin_comparison(record, now_s)

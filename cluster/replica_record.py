@@ -22,10 +22,11 @@ class HealthPolicy:
 
     `strikes` overdue answers without `forget_after` timely ones in a row between them eject, and so does a silence
     beyond the deadline for as long again, `silence_s` at least. A replica is compared with its siblings when the
-    mean of its last `sample` times is `outlier` times that of its peers and `least_gap_s` longer, and ejected when it
-    is `worse` times the siblings' over `verdict` samples each (twice as much as that is seen after one). Means are
-    without the longest eighth; a median would not see a replica that is slow in every third answer. After a comparison
-    for nothing the next waits `compare_s`, doubling up to `most_compare_s`, or until it is twice as far behind.
+    mean of its last `sample` times is `outlier` times that of its peers and `least_gap_s` longer, or so is one time
+    that follows such a one, or one that comes `seldom_s` after the last; and ejected when it is `worse` times the
+    siblings' over `verdict` samples each (twice as much as that is seen after one). Means are without the longest
+    eighth; a median would not see a replica that is slow in every third answer. After a comparison for nothing the next
+    waits `compare_s`, doubling up to `most_compare_s`, or until it is twice as far behind.
     Ejection lasts `eject_s`, doubling up to `most_eject_s`, and begins small again after `forgive_s` of good behaviour.
     `probes` timely answers readmit, unless `bad_probes` others come before: one probe says little of a replica that
     is slow now and then, in either direction.
@@ -42,6 +43,7 @@ class HealthPolicy:
     outlier: float = 3.0
     worse: float = 2.0
     least_gap_s: float = 0.001
+    seldom_s: float = 0.5
     compare_s: float = 1.0
     most_compare_s: float = 60.0
     comparison_s: float = 10.0
@@ -74,7 +76,7 @@ class ReplicaRecord:
     -1 whose turn it is in a comparison.
 
     `paces` are its latest times as multiples of what was typical, `pace` is their mean as of the last look, `lag` the
-    same as a multiple of its peers';
+    same as a multiple of its peers'; `is_slow`: so its last answer was, which came at `answered_s`;
     `silent_since_s` is set while an answer is overdue.
     """
 
@@ -87,6 +89,8 @@ class ReplicaRecord:
     paces: list[float] = field(default_factory=list)
     pace: float = 1.0
     answers: int = 0
+    answered_s: float = float("-inf")
+    is_slow: bool = False
     silent_since_s: float | None = None
     silent_until_s: float = 0.0
     comparison: Comparison | None = None
@@ -105,7 +109,7 @@ class ReplicaRecord:
 
     def begin_anew(self) -> None:
         """What was measured counts no longer."""
-        self.paces, self.pace, self.answers, self.strikes = [], 1.0, 0, 0
+        self.paces, self.pace, self.answers, self.strikes, self.is_slow = [], 1.0, 0, 0, False
         self.compare_from_s, self.compare_pause_s, self.compared_lag = float("-inf"), 0.0, 0.0
 
     @property
