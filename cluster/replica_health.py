@@ -89,7 +89,6 @@ class HealthBook:
             record.paces[answers % sample] = pace
         record.answers = answers + 1
         before_s, record.answered_s = record.answered_s, now_s
-        was_slow, record.is_slow = record.is_slow, pace >= self.policy.outlier
         if self._compared:
             self._take_turns(record, pace)
         if record.strikes:
@@ -99,8 +98,10 @@ class HealthBook:
         if record.answers % sample == 0:
             record.pace = usual(record.paces)
             self._look_for_outlier(record, size, now_s)
-        elif record.is_slow and record.answers > sample and (was_slow or now_s - before_s >= self.policy.seldom_s):
-            self._look_at_slow_answer(record, (pace - 1) * self.times.typical_s(size), now_s)
+        elif pace >= self.policy.outlier and record.answers > sample:
+            if record.answers - record.slow_at <= sample // 2 or now_s - before_s >= self.policy.seldom_s:
+                self._look_at_slow_answer(record, (pace - 1) * self.times.typical_s(size), now_s)
+            record.slow_at = record.answers
 
     def spoke(self, record: ReplicaRecord) -> None:
         """It answered something, however late: it is silent no longer."""
@@ -203,7 +204,7 @@ class HealthBook:
 
     def _look_at_slow_answer(self, record: ReplicaRecord, gap_s: float, now_s: float) -> None:
         """Who becomes slow is hardly asked any more where there are others (`cluster.selector`), and would never be
-        looked at: where answers are seldom, one is reason enough to compare. Else one is a hiccup, and two are not.
+        looked at: where answers are seldom, one is reason enough to compare. Else one is a hiccup, and two soon are not.
         """
         if gap_s >= self.policy.least_gap_s and now_s >= record.compare_from_s:
             self._begin_comparison(record, now_s)

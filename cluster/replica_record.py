@@ -7,6 +7,9 @@ from cluster.ids import ReplicaId
 from cluster.service_times import TimeoutPolicy
 
 
+MANY = 1 << 30
+
+
 class State(StrEnum):
     """What a replica's standing is called in reports."""
 
@@ -22,11 +25,11 @@ class HealthPolicy:
 
     `strikes` overdue answers without `forget_after` timely ones in a row between them eject, and so does a silence
     beyond the deadline for as long again, `silence_s` at least. A replica is compared with its siblings when the
-    mean of its last `sample` times is `outlier` times that of its peers and `least_gap_s` longer, or so is one time
-    that follows such a one, or one that comes `seldom_s` after the last; and ejected when it is `worse` times the
-    siblings' over `verdict` samples each (twice as much as that is seen after one). Means are without the longest
-    eighth; a median would not see a replica that is slow in every third answer. After a comparison for nothing the next
-    waits `compare_s`, doubling up to `most_compare_s`, or until it is twice as far behind.
+    mean of its last `sample` times is `outlier` times that of its peers and `least_gap_s` longer, or so are two times
+    of half as many, or one that comes `seldom_s` after the last; and ejected when it is `worse` times the siblings'
+    over `verdict` samples each (twice as much as that is seen after one). Means are without the longest eighth; a
+    median would not see a replica that is slow in every third answer. After a comparison for nothing the next waits
+    `compare_s`, doubling up to `most_compare_s`, or until it is twice as far behind.
     Ejection lasts `eject_s`, doubling up to `most_eject_s`, and begins small again after `forgive_s` of good behaviour.
     `probes` timely answers readmit, unless `bad_probes` others come before: one probe says little of a replica that
     is slow now and then, in either direction.
@@ -76,7 +79,7 @@ class ReplicaRecord:
     -1 whose turn it is in a comparison.
 
     `paces` are its latest times as multiples of what was typical, `pace` is their mean as of the last look, `lag` the
-    same as a multiple of its peers'; `is_slow`: so its last answer was, which came at `answered_s`;
+    same as a multiple of its peers'; its last answer came at `answered_s`, the last slow one was its `slow_at`th;
     `silent_since_s` is set while an answer is overdue.
     """
 
@@ -90,7 +93,7 @@ class ReplicaRecord:
     pace: float = 1.0
     answers: int = 0
     answered_s: float = float("-inf")
-    is_slow: bool = False
+    slow_at: int = -MANY
     silent_since_s: float | None = None
     silent_until_s: float = 0.0
     comparison: Comparison | None = None
@@ -109,7 +112,7 @@ class ReplicaRecord:
 
     def begin_anew(self) -> None:
         """What was measured counts no longer."""
-        self.paces, self.pace, self.answers, self.strikes, self.is_slow = [], 1.0, 0, 0, False
+        self.paces, self.pace, self.answers, self.strikes, self.slow_at = [], 1.0, 0, 0, -MANY
         self.compare_from_s, self.compare_pause_s, self.compared_lag = float("-inf"), 0.0, 0.0
 
     @property

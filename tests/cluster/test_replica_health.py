@@ -143,24 +143,28 @@ def test_who_has_more_rows_than_others_is_not_compared_for_that(rng: random.Rand
     assert world.out() == ["e2-r0"], "though it is found where it is slow beside that"
 
 
-def test_a_hiccup_is_not_compared_and_two_in_a_row_or_one_after_silence_are() -> None:
+def test_a_hiccup_is_not_compared_and_two_soon_or_one_after_silence_are() -> None:
     """Nobody is thought slow for what the machine does now and then: comparing costs the rows that are not split."""
     world = World(experts=1)
     world.seconds = lambda _: 0.002
     world.rounds(100)
 
-    def slow_answers(num: int) -> int:
-        """Of e0-r0, in a row, below its deadline; returns how often the other one was asked in the rounds after it."""
+    def slow_answers(num: int, then: int = 99) -> int:
+        """Of e0-r0, below its deadline, and quick ones after them; returns how often the other one was asked then."""
         world.seconds = lambda replica_id: 0.008 if replica_id == "e0-r0" else 0.002
         world.rounds(num)
         world.seconds = lambda _: 0.002
         world.asked.clear()
-        world.rounds(99)
+        world.rounds(then)
         return world.asked.count("e0-r1")
 
     assert world.book.times.timeout_s(SIZE) > 0.008
     assert [slow_answers(1) for _ in range(5)] == [0] * 5
     assert slow_answers(2) >= POLICY.sample
+    world.now_s += POLICY.most_compare_s
+    world.rounds(1)
+    assert slow_answers(1, then=3) == 0
+    assert slow_answers(1) >= POLICY.sample, "the second of five"
     world.now_s += POLICY.most_compare_s
     assert slow_answers(1) >= POLICY.sample, "who is hardly asked has no second one soon"
     assert world.ejections() == 0
