@@ -204,7 +204,7 @@ class HealthBook:
 
     def _look_at_slow_answer(self, record: ReplicaRecord, gap_s: float, now_s: float) -> None:
         """Who becomes slow is hardly asked any more where there are others (`cluster.selector`), and would never be
-        looked at: where answers are seldom, one is reason enough to compare. Else one is a hiccup, and two soon are not.
+        looked at: where answers are seldom, one is reason enough to compare. Else one is a hiccup, two soon are not.
         """
         if gap_s >= self.policy.least_gap_s and now_s >= record.compare_from_s:
             self._begin_comparison(record, now_s)

@@ -6,7 +6,6 @@ from enum import StrEnum
 from cluster.ids import ReplicaId
 from cluster.service_times import TimeoutPolicy
 
-
 MANY = 1 << 30
 
 
