@@ -90,7 +90,7 @@ class HealthBook:
         record.answers = answers + 1
         before_s, record.answered_s = record.answered_s, now_s
         if self._compared:
-            self._take_turns(record, pace)
+            self._take_turns(record, seconds / work_s if work_s > 0 else pace)
         if record.strikes:
             record.in_time += 1
             if record.in_time >= self.policy.forget_after:
@@ -222,7 +222,10 @@ class HealthBook:
         self.watching = True
 
     def _take_turns(self, record: ReplicaRecord, pace: float) -> None:
-        """Whoever is compared has the next rows when a sibling had the last ones, and the other way round."""
+        """Whoever is compared has the next rows when a sibling had the last ones, and the other way round.
+
+        Paces are by the work of each: it has all of an expert's rows, its siblings may share them.
+        """
         for one in self._compared:
             comparison = one.comparison
             if comparison is None:

@@ -170,6 +170,38 @@ def test_a_hiccup_is_not_compared_and_two_soon_or_one_after_silence_are() -> Non
     assert world.ejections() == 0
 
 
+@pytest.mark.parametrize(("slower", "out"), [(1.0, False), (1.5, False), (4.0, True)])
+def test_siblings_that_share_the_rows_are_not_quicker_for_that(slower: float, out: bool) -> None:
+    """Rows of a hot expert are split among its three replicas, but whoever is compared has them alone in its turns."""
+    records: list[ReplicaRecord] = []
+    book = HealthBook(lambda of: [one for one in records if one.replica_id != of and one.rank == 0] or None)
+    records += [book.record(ReplicaId(f"r{i}")) for i in range(3)]
+    others = [book.record(ReplicaId(f"other{i}")) for i in range(4)]
+    rng, now_s, compared = random.Random(0), 100.0, 0
+    for record in (*records, *others):
+        book.connected(record, "first", now_s)
+    for turn in range(3000):
+        if book.watching:
+            for probed in book.review(now_s):
+                book.probe_sent(probed, now_s + 1.0)
+        least = min(one.rank for one in records)
+        asked = [one for one in records if one.rank == least]
+        compared += any(one.comparison is not None for one in records)
+        for record in others:
+            book.answered(record, SIZE, rng.uniform(0.018, 0.021), now_s, 0.018)
+        hiccup = turn % 500 in (300, 301)
+        for record in asked:
+            is_slow = record is records[2]
+            work_s = 0.018 / len(asked)
+            took_s = work_s * rng.uniform(1.0, 1.2) * (slower if is_slow else 1.0) + (
+                0.06 if hiccup and is_slow else 0.0
+            )
+            book.answered(record, SIZE, took_s, now_s + took_s, work_s)
+        now_s += 0.02
+    assert compared > POLICY.sample
+    assert [one.ejections_total > 0 for one in records] == [False, False, out]
+
+
 def test_a_slow_one_below_every_deadline_is_found_by_comparison() -> None:
     world = World()
     world.seconds = lambda _: 0.002
