@@ -81,6 +81,8 @@ class HealthBook:
         `work_s`: what a usual replica would compute for those rows. Nobody is slow for having had more than others.
         """
         pace, answers, sample = self.times.add(size, seconds), record.answers, self.policy.sample
+        if self._compared:
+            self._take_turns(record, pace, pace * work_s / max(seconds, 1e-9))
         if pace * work_s > seconds:
             pace = seconds / work_s
         if answers < sample:
@@ -89,8 +91,6 @@ class HealthBook:
             record.paces[answers % sample] = pace
         record.answers = answers + 1
         before_s, record.answered_s = record.answered_s, now_s
-        if self._compared:
-            self._take_turns(record, seconds / work_s if work_s > 0 else pace)
         if record.strikes:
             record.in_time += 1
             if record.in_time >= self.policy.forget_after:
@@ -216,34 +216,32 @@ class HealthBook:
         siblings = self._siblings(record.replica_id)
         if siblings is None or any(one.comparison is not None for one in siblings):
             return
-        record.comparison = Comparison(now_s, [], {one.replica_id: [] for one in siblings})
+        record.comparison = Comparison(now_s, {one.replica_id: [] for one in siblings})
         record.detail = "compared with its siblings"
         self._compared.append(record)
         self.watching = True
 
-    def _take_turns(self, record: ReplicaRecord, pace: float) -> None:
+    def _take_turns(self, record: ReplicaRecord, pace: float, work: float) -> None:
         """Whoever is compared has the next rows when a sibling had the last ones, and the other way round.
 
-        Paces are by the work of each: it has all of an expert's rows, its siblings may share them.
+        `work` is what a usual replica would compute, in units of `pace`.
         """
         for one in self._compared:
             comparison = one.comparison
             if comparison is None:
                 continue
             if one is record:
-                comparison.own.append(pace)
+                comparison.own.append((pace, work))
                 one.rank = 1
             elif record.replica_id in comparison.theirs:
-                comparison.theirs[record.replica_id].append(pace)
+                comparison.theirs[record.replica_id].append((pace, work))
                 one.rank = -1 if one.silent_since_s is None else 1
 
     def _compare(self, record: ReplicaRecord, comparison: Comparison, now_s: float) -> None:
         """Ends the comparison when both sides have been measured, or nothing came of it."""
         policy = self.policy
-        own = comparison.own
-        measured = [paces for paces in comparison.theirs.values() if min(len(paces), len(own)) >= policy.sample]
-        ratios = [usual(own) / max(usual(paces), 1e-9) for paces in measured]
-        few = min(map(len, (own, *measured))) < policy.verdict * policy.sample
+        ratios = comparison.ratios(policy.sample, usual)
+        few = comparison.fewest(policy.sample) < policy.verdict * policy.sample
         close = few and bool(ratios) and 1 < min(ratios) <= 2 * policy.worse
         alone = self._siblings(record.replica_id) is None
         if (not ratios or close) and not alone and now_s - comparison.since_s < policy.comparison_s:

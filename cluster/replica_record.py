@@ -1,12 +1,15 @@
 """What a coordinator remembers of a replica, and the policy by which it is judged; see `cluster.replica_health`."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeAlias
 
 from cluster.ids import ReplicaId
 from cluster.service_times import TimeoutPolicy
 
 MANY = 1 << 30
+Answers: TypeAlias = list[tuple[float, float]]
 
 
 class State(StrEnum):
@@ -65,11 +68,34 @@ class HealthPolicy:
 
 @dataclass(slots=True)
 class Comparison:
-    """Rows go to the replica and to its siblings in turns: the paces of both, so that neighbours are of one moment."""
+    """Rows go to the replica and to its siblings in turns, so that neighbours are of one moment.
+
+    Of each answer: its pace, and the pace that a usual replica's kernels would have for its rows. In its turns one
+    has all of an expert's rows; its siblings may share them, and would take so much longer for all.
+    """
 
     since_s: float
-    own: list[float]
-    theirs: dict[ReplicaId, list[float]]
+    theirs: dict[ReplicaId, Answers]
+    own: Answers = field(default_factory=list)
+
+    def ratios(self, least: int, usual: Callable[[Sequence[float]], float]) -> list[float]:
+        """How many times longer it takes than each sibling that has so many answers too would for the same rows."""
+        measured = [answers for answers in self.theirs.values() if min(len(answers), len(self.own)) >= least]
+        if not measured:
+            return []
+        own, work = usual([pace for pace, _ in self.own]), _mean_work(self.own)
+        return [
+            own / max(usual([pace for pace, _ in answers]) + max(work - _mean_work(answers), 0.0), 1e-9)
+            for answers in measured
+        ]
+
+    def fewest(self, least: int) -> int:
+        """Answers of whoever has the fewest, of those that have so many."""
+        return min(len(self.own), *(len(answers) for answers in self.theirs.values() if len(answers) >= least), MANY)
+
+
+def _mean_work(answers: Answers) -> float:
+    return sum(work for _, work in answers) / len(answers)
 
 
 @dataclass(slots=True, eq=False)
